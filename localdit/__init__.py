@@ -1,0 +1,52 @@
+"""LocalDiT: diffusion transformers whose attention is kept local, native to diffusers.
+
+Importing this package registers its classes with diffusers, so that `DiffusionPipeline.from_pretrained`, `AutoPipeline`
+and the caches know them.
+"""
+
+import importlib
+import sys
+
+import diffusers
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.pipelines import auto_pipeline
+
+from localdit.models.transformer_localdit import LocalDiTBlock, LocalDiTTransformer2DModel
+from localdit.version import VERSION
+
+__version__ = VERSION
+
+__all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTPipeline", "LocalDiTTransformer2DModel"]
+
+
+def _pipeline(module: str, name: str) -> type:
+    """A pipeline class, from the installed package or, in a bare checkout, from the folder beside this one."""
+    try:
+        return getattr(importlib.import_module(f"localdit.pipelines.{module}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "localdit.pipelines":
+            raise
+        return getattr(importlib.import_module(f"pipelines.{module}"), name)
+
+
+LocalDiTPipeline = _pipeline("pipeline_localdit", "LocalDiTPipeline")
+LocalDiTImg2ImgPipeline = _pipeline("pipeline_localdit_img2img", "LocalDiTImg2ImgPipeline")
+
+
+def _register_with_diffusers() -> None:
+    # What each line is for was measured against diffusers 0.42; tests/test_registration.py holds diffusers to it.
+    LocalDiTTransformer2DModel.__module__ = "localdit"  # save_pretrained writes ["localdit", ...]
+    diffusers.pipelines.localdit = sys.modules["localdit"]  # where loading looks a component's library up
+    for cls in (LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTTransformer2DModel):
+        setattr(diffusers, cls.__name__, cls)  # where loading looks a class name up
+    for cls in (LocalDiTPipeline, LocalDiTImg2ImgPipeline):
+        # from_pipe accepts a component only where its exact class is annotated, and pipelines never import localdit
+        cls.__init__.__annotations__["transformer"] = LocalDiTTransformer2DModel
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["localdit"] = LocalDiTPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["localdit"] = LocalDiTImg2ImgPipeline
+    TransformerBlockRegistry.register(
+        LocalDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+    )
+
+
+_register_with_diffusers()

@@ -1,0 +1,1 @@
+"""Datasets made or read by LocalDiT experiments."""

@@ -1,0 +1,195 @@
+"""Scores pictures of digit scenes: reads them and compares what was read with what their captions ask for."""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors.torch import save_file
+
+from localdit.data.digit_scenes import (
+    Scene,
+    group_by_class,
+    load_digits,
+    parse_caption,
+    render_with_boxes,
+    sample_scene,
+)
+from localdit.evaluation.digit_reader import DigitSceneReader, Reading, SceneReading, load_reader
+from localdit.evaluation.digit_reader_training import train_reader
+
+__all__ = [
+    "DigitSceneReader",
+    "Reading",
+    "SceneReading",
+    "judge",
+    "load_reader",
+    "score",
+    "score_folder",
+    "score_readings",
+    "score_real_scenes",
+    "train_reader",
+]
+
+
+def judge(reading: SceneReading, scene: Scene) -> dict[str, bool]:
+    """Say field by field whether a picture shows what was asked.
+
+    "count" is the number of digits; where it is wrong, everything but "background" is wrong too.
+    For one digit: "digit" and "colour". For two: "digits" and "colours", each in any order, and "relation", for which
+    the digits read are paired with those asked so that most digits and colours agree, and the longer of the horizontal
+    and the vertical distance between their centres decides. "all" is every digit in its own colour and place, on the
+    right background.
+    """
+    found, asked = reading.digits, scene.glyphs
+    count = len(found) == len(asked)
+    digits = count and Counter(x.digit for x in found) == Counter(x.digit for x in asked)
+    colours = count and Counter(x.colour for x in found) == Counter(x.colour for x in asked)
+    background = reading.background == scene.background
+    if scene.second is None:
+        every = digits and colours and background
+        return {"count": count, "digit": digits, "colour": colours, "background": background, "all": every}
+
+    pairings = [found, found[::-1]] if count else []
+    agreements = [
+        sum((x.digit == y.digit) + (x.colour == y.colour) for x, y in zip(pairing, asked, strict=True))
+        for pairing in pairings
+    ]
+    best = max(agreements, default=0)
+    # Both pairings can be the best ones, as when the two digits asked for are alike: either may have the relation.
+    relation = any(
+        agreement == best and _relation(*pairing) == scene.relation
+        for pairing, agreement in zip(pairings, agreements, strict=True)
+    )
+    return {
+        "count": count,
+        "digits": digits,
+        "colours": colours,
+        "relation": relation,
+        "background": background,
+        "all": relation and background and best == 4,
+    }
+
+
+def score_readings(readings: list[SceneReading], captions: list[str]) -> dict:
+    """Compare what was read in pictures with their captions.
+
+    Returns:
+        for each of the groups "one_digit", "two_digits" and "two_digits_held_out" (combinations kept out of training)
+        that has captions: the number of "prompts", the "rates" of the fields that `judge` names, and the 95% bootstrap
+        "intervals" [low, high] of these rates. Raises ValueError for a caption that is not in the grammar.
+    """
+    if len(readings) != len(captions):
+        raise ValueError(f"{len(readings)} pictures came with {len(captions)} captions; each picture needs one.")
+    judgements = {"one_digit": [], "two_digits": [], "two_digits_held_out": []}
+    for reading, scene in zip(readings, map(parse_caption, captions), strict=True):
+        group = "one_digit" if scene.second is None else "two_digits_held_out" if scene.held_out else "two_digits"
+        judgements[group].append(judge(reading, scene))
+    return {group: _summary(judged) for group, judged in judgements.items() if judged}
+
+
+def score(reader: DigitSceneReader, images, captions: list[str]) -> dict:
+    """Read pictures (what `DigitSceneReader.read` takes) and compare them with their captions: `score_readings`."""
+    return score_readings(reader.read(images), captions)
+
+
+def score_folder(reader: DigitSceneReader, folder: str | Path) -> dict:
+    """Score the pictures of a folder, whose metadata.jsonl has {"file_name": ..., "text": caption} on every line."""
+    metadata = Path(folder) / "metadata.jsonl"
+    if not metadata.is_file():
+        raise FileNotFoundError(
+            f'{metadata} is missing; it holds a line {{"file_name": ..., "text": ...}} per picture.'
+        )
+    entries = []
+    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(line)
+            entries.append((entry["file_name"], entry["text"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f'Line {number} of {metadata} is not {{"file_name": ..., "text": ...}}.') from error
+    if not entries:
+        raise ValueError(f"{metadata} names no pictures, so there is nothing to score.")
+    images = [Image.open(Path(folder) / name).convert("RGB") for name, _ in entries]
+    return score(reader, images, [text for _, text in entries])
+
+
+def score_real_scenes(
+    reader: DigitSceneReader, images: np.ndarray, labels: np.ndarray, scenes: int = 1000, seed: int = 1
+) -> dict:
+    """Score a reader on real scenes in the given handwriting, which is how often the reader itself is right.
+
+    Args:
+        images, labels: handwritten digits uint8 [N, 28, 28] and their classes [N].
+        scenes: how many scenes to draw for each group.
+    """
+    rng = np.random.default_rng(seed)
+    handwriting = group_by_class(images, labels)
+    kinds = [(1, False), (2, False), (2, True)]  # the number of digits, and whether the combination is held out
+    drawn = [sample_scene(rng, *kind) for kind in kinds for _ in range(scenes)]
+    pictures = np.stack([render_with_boxes(scene, rng, handwriting)[0] for scene in drawn])
+    return score(reader, pictures, [scene.caption for scene in drawn])
+
+
+def _relation(first: Reading, second: Reading) -> str:
+    dx, dy = (b - a for a, b in zip(first.centre, second.centre, strict=True))
+    if abs(dx) > abs(dy):
+        return "to the left of" if dx > 0 else "to the right of"
+    return "above" if dy > 0 else "below"
+
+
+def _summary(judged: list[dict[str, bool]]) -> dict:
+    prompts = len(judged)
+    rates = {field: sum(judgement[field] for judgement in judged) / prompts for field in judged[0]}
+    rng = np.random.default_rng(0)
+    intervals = {}
+    for field, rate in rates.items():
+        # Among prompts drawn anew with replacement, the number that is right is binomial.
+        resampled = rng.binomial(prompts, rate, size=10_000) / prompts
+        intervals[field] = np.quantile(resampled, [0.025, 0.975]).round(4).tolist()
+    return {"prompts": prompts, "rates": rates, "intervals": intervals}
+
+
+def _train(arguments: argparse.Namespace) -> dict:
+    """Train and save a reader; returns its scores on real scenes in handwriting it never saw."""
+    images, labels = load_digits("test")
+    held_back = np.zeros(len(images), bool)
+    if not 0 <= arguments.hold_back <= len(images) // 2:
+        raise ValueError(f"--hold-back {arguments.hold_back} is not between 0 and {len(images) // 2}, half the digits.")
+    held_back[np.arange(arguments.hold_back) * len(images) // max(arguments.hold_back, 1)] = True
+    reader = train_reader(images[~held_back], labels[~held_back], arguments.steps, arguments.seed, bf16=arguments.bf16)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    save_file(reader.state_dict(), arguments.output)
+    scores = {"generator's handwriting": score_real_scenes(reader, *load_digits("train"))}
+    if arguments.hold_back:
+        scores["held-back handwriting"] = score_real_scenes(reader, images[held_back], labels[held_back])
+    return scores
+
+
+def main(argv: list[str] | None = None):
+    """Run the command line, which prints the rates as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True, dest="command")
+    train = commands.add_parser("train", help="train a reader on the test split of the handwritten digits")
+    train.add_argument("--output", type=Path, required=True, help="where to save the reader, a .safetensors file")
+    train.add_argument("--steps", type=int, default=3000, help="batches of 32 scenes")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--bf16", action="store_true", help="faster on a CPU with bfloat16 instructions")
+    train.add_argument("--hold-back", type=int, default=0, help="digits to keep for measuring and not train on")
+    scoring = commands.add_parser("score", help="score a folder of pictures")
+    scoring.add_argument("--images", type=Path, required=True, help="folder with pictures and their metadata.jsonl")
+    scoring.add_argument("--reader", type=Path, required=True, help="the reader's .safetensors file")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "train":
+            result = _train(arguments)
+        else:
+            result = score_folder(load_reader(arguments.reader), arguments.images)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The token mixers by name."""
+
+import inspect
+
+from localdit.mixers.base import TokenMixer
+from localdit.mixers.full import FullAttnProcessor
+from localdit.mixers.window import WindowAttnProcessor
+
+MIXERS: dict[str, type[TokenMixer]] = {
+    "full": FullAttnProcessor,
+    "window": WindowAttnProcessor,
+}
+
+
+def mixer_option_names(name: str) -> list[str]:
+    """The options of a mixer: the keyword-only arguments of its class."""
+    parameters = inspect.signature(MIXERS[name]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def check_mixers(token_mixers: tuple[str, ...], mixer_options: dict[str, dict]) -> None:
+    """Raise a ValueError that lists what is known where a mixer or one of its options is not.
+
+    Args:
+        token_mixers: names, tiled over the layers.
+        mixer_options: for each mixer name, its options by name.
+    """
+    if not token_mixers:
+        raise ValueError(f"token_mixers is empty; name at least one of {sorted(MIXERS)}.")
+    for name in (*token_mixers, *mixer_options):
+        if name not in MIXERS:
+            raise ValueError(f"token mixer {name!r} is not known; choose among {sorted(MIXERS)}.")
+    for name, options in mixer_options.items():
+        known = mixer_option_names(name)
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"mixer_options[{name!r}] has unknown option(s) {unknown}; {name!r} knows {known}.")

@@ -1,0 +1,56 @@
+"""The contract a token mixer signs: image tokens in, image tokens out, the grid as an argument."""
+
+import torch
+from torch import nn
+
+from localdit.models.attention import LocalDiTAttention
+from localdit.models.rope import grid_positions, rotary_table, rotate
+
+# B batch, N tokens (grid height * grid width), H heads, D head dim
+
+
+class TokenMixer(nn.Module):
+    """Owns what all mixers share (projections, norms, RoPE, output); a subclass says who attends to whom.
+
+    A subclass writes `mix`. Its own settings are keyword-only arguments of its `__init__`, which become its
+    `mixer_options`; what it learns are `nn.Parameter`s, which the optimizer and the checkpoint then both see.
+
+    Args:
+        num_attention_heads: H.
+        attention_head_dim: D.
+        layer: how many layers before this one carry the same mixer (shift schedules count by it).
+        rope_theta: base of the rotary embedding, or None for none.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, num_attention_heads: int, attention_head_dim: int, layer: int, rope_theta: float | None):
+        super().__init__()
+        if rope_theta is not None and attention_head_dim % 4:
+            raise ValueError(
+                f"attention_head_dim={attention_head_dim} is not a multiple of 4, which the two-dimensional rotary "
+                "embedding needs (two axes, channels in pairs); choose a multiple of 4 or rope_theta=None."
+            )
+        self.num_attention_heads = num_attention_heads
+        self.attention_head_dim = attention_head_dim
+        self.layer = layer
+        self.rope_theta = rope_theta
+
+    def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Mix the tokens of [B, N, C], row-major on `grid` = (height, width) with N = height * width."""
+        query, key, value = attn.to_query_key_value(hidden_states)
+        query, key = self.rotate(grid_positions(*grid, device=query.device), query, key)
+        return attn.to_output(self.mix(query, key, value, grid))
+
+    def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Return the mixed values [B, N, H, D] of query, key and value [B, N, H, D]."""
+        raise NotImplementedError
+
+    def rotate(self, positions: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Rotate each of `states` [..., N, H, D] by `positions` [..., N, 2]; without RoPE, return them as they are."""
+        if self.rope_theta is None:
+            return states
+        cosine, sine = rotary_table(positions, self.attention_head_dim, self.rope_theta)
+        table = cosine.unsqueeze(-2), sine.unsqueeze(-2)  # one angle for all heads
+        return tuple(rotate(state, table) for state in states)

@@ -1,0 +1,141 @@
+"""The projections of one attention layer; its processor decides who attends to whom."""
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+# B batch, N image tokens, L text tokens, H heads, D head dim
+
+# Up to so many keys, plain matrix products beat torch's fused attention on a CPU in half precision, backward above all.
+SMALL_KEYS = 256
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, processor
+) -> torch.Tensor:
+    """Softmax attention through the backend that diffusers has active for `processor`.
+
+    Args:
+        query: shape [B, N, H, D].
+        key, value: shape [B, L, H, D].
+        attention_mask: broadcastable to [B, H, N, L]; bool keeps, float is added to the scores.
+        processor: holds `_attention_backend` and `_parallel_config`, which diffusers sets.
+
+    Returns:
+        The attended values, shape [B, N, H, D].
+    """
+    half_on_cpu = query.device.type == "cpu" and query.dtype != torch.float32
+    if half_on_cpu and key.shape[1] <= SMALL_KEYS and processor._attention_backend is None:
+        return attend_by_matmul(query, key, value, attention_mask)
+    return dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )
+
+
+def attend_by_matmul(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The textbook form of `attend`: scores, softmax, weighted sum."""
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [B, H, N or L, D]
+    scores = (query * query.shape[-1] ** -0.5) @ key.mT  # [B, H, N, L]
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask.to(scores.dtype)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+class CrossAttnProcessor:
+    """Every image token attends to every text token that the mask keeps."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: "LocalDiTAttention",
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from [B, N, C] to [B, L, C]; `attention_mask` broadcasts to [B, H, N, L] (bool keeps, float adds)."""
+        query = attn.to_heads(attn.to_q(hidden_states))
+        if attn.fused_projections:
+            key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        else:
+            key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        key, value = attn.norm_k(attn.to_heads(key)), attn.to_heads(value)
+        return attn.to_output(attend(attn.norm_q(query), key, value, attention_mask, self))
+
+
+class LocalDiTAttention(nn.Module, AttentionModuleMixin):
+    """Query, key, value and output projections, with optional RMSNorm over each head's query and key.
+
+    Args:
+        query_dim: width of the image tokens.
+        heads: number of heads.
+        dim_head: width of one head.
+        processor: a `TokenMixer` (self-attention) or a `CrossAttnProcessor`.
+        is_cross_attention: whether keys and values come from a second sequence of the same width.
+        bias: whether query, key and value projections have a bias.
+        qk_norm: `"rms_norm"` or None.
+        qk_norm_eps: epsilon of that norm.
+        dropout: dropout of the output, in [0, 1).
+    """
+
+    _default_processor_cls = CrossAttnProcessor
+    _available_processors = [CrossAttnProcessor]
+
+    def __init__(
+        self,
+        query_dim: int,
+        heads: int,
+        dim_head: int,
+        processor,
+        is_cross_attention: bool = False,
+        bias: bool = True,
+        qk_norm: str | None = "rms_norm",
+        qk_norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"qk_norm={qk_norm!r} is not known; choose 'rms_norm' or None.")
+        inner_dim = heads * dim_head
+        self.heads = heads
+        self.is_cross_attention = is_cross_attention
+        self.use_bias = bias  # the name diffusers' projection fusing looks for
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=bias)
+        self.to_k = nn.Linear(query_dim, inner_dim, bias=bias)
+        self.to_v = nn.Linear(query_dim, inner_dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim), nn.Dropout(dropout)])
+        self.norm_q = nn.RMSNorm(dim_head, eps=qk_norm_eps) if qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(dim_head, eps=qk_norm_eps) if qk_norm else nn.Identity()
+        self.set_processor(processor)
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return self.processor(self, hidden_states, *args, **kwargs)
+
+    def to_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """Split [..., H * D] into [..., H, D]."""
+        return states.unflatten(-1, (self.heads, -1))
+
+    def to_query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project [B, N, C] to query, key and value [B, N, H, D]; query and key come normalised."""
+        if self.fused_projections:
+            query, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+        query, key, value = self.to_heads(query), self.to_heads(key), self.to_heads(value)
+        return self.norm_q(query), self.norm_k(key), value
+
+    def to_output(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Merge the heads of [B, N, H, D] and project to [B, N, C]."""
+        projection, dropout = self.to_out
+        return dropout(projection(hidden_states.flatten(-2)))

@@ -1,0 +1,414 @@
+"""LocalDiT: a PixArt-style diffusion transformer whose token mixer is chosen layer by layer."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin, FeedForward
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.normalization import AdaLayerNormSingle
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+from localdit.mixers import MIXERS, check_mixers
+from localdit.mixers.base import TokenMixer
+from localdit.models.attention import CrossAttnProcessor, LocalDiTAttention
+
+# B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
+
+
+class LocalDiTBlock(nn.Module):
+    """Token mixer, cross-attention to the text (where there is text) and feed-forward, modulated by adaLN-single.
+
+    Args:
+        dim: width C of a token.
+        mixer: the layer's token mixer.
+        num_attention_heads, attention_head_dim: heads and their width.
+        cross_attention: whether the block attends to a text.
+        attention_residual: add the mixer's input to its output before the gate, as the released LocalDiT does.
+        dropout, attention_bias, activation_fn, norm_eps, qk_norm, qk_norm_eps: as in the transformer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: TokenMixer,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        cross_attention: bool,
+        attention_residual: bool,
+        dropout: float,
+        attention_bias: bool,
+        activation_fn: str,
+        norm_eps: float,
+        qk_norm: str | None,
+        qk_norm_eps: float,
+    ):
+        super().__init__()
+        attention = {
+            "query_dim": dim,
+            "heads": num_attention_heads,
+            "dim_head": attention_head_dim,
+            "bias": attention_bias,
+            "qk_norm": qk_norm,
+            "qk_norm_eps": qk_norm_eps,
+            "dropout": dropout,
+        }
+        self.attention_residual = attention_residual
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.attn = LocalDiTAttention(processor=mixer, **attention)
+        self.cross_attn = None
+        if cross_attention:
+            self.cross_attn = LocalDiTAttention(processor=CrossAttnProcessor(), is_cross_attention=True, **attention)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        modulation: torch.Tensor,
+        grid: tuple[int, int],
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Map tokens [B, N, C] to [B, N, C].
+
+        Args:
+            hidden_states: image tokens, row-major.
+            modulation: shift, scale and gate of the mixer, then of the feed-forward, shape [B, 6, C].
+            grid: (height, width) in tokens.
+            encoder_hidden_states: projected text, shape [B, L, C].
+            encoder_attention_mask: broadcastable to [B, heads, N, L]; bool keeps, float is added to the scores.
+        """
+        modulation = (self.scale_shift_table + modulation).unsqueeze(2)  # [B, 6, 1, C]
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.unbind(1)
+
+        normed = self.norm1(hidden_states) * (1 + scale_msa) + shift_msa
+        mixed = self.attn(normed, grid)
+        if self.attention_residual:
+            mixed = mixed + normed
+        hidden_states = hidden_states + gate_msa * mixed
+
+        if self.cross_attn is not None:
+            hidden_states = hidden_states + self.cross_attn(
+                hidden_states, encoder_hidden_states, encoder_attention_mask
+            )
+
+        normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        return hidden_states + gate_mlp * self.ff(normed)
+
+
+class LocalDiTTransformer2DModel(
+    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+):
+    """A diffusion transformer in the manner of PixArt (arXiv 2310.00426) with interchangeable token mixers.
+
+    It is conditioned on a text (`caption_channels`), on class labels (`num_classes`), or, with neither, on nothing but
+    the timestep.
+
+    Args:
+        num_attention_heads: heads H of every attention.
+        attention_head_dim: width D of a head; a token is C = H * D wide.
+        in_channels: channels of the latents (or of the picture, for a model without a VAE).
+        out_channels: channels of the output; None for as many as come in.
+        num_layers: number of blocks.
+        dropout: dropout after every attention and inside the feed-forward, in [0, 1).
+        attention_bias: whether query, key and value projections have a bias.
+        sample_size: side of the latents the model was made for; sets the scale of the sin-cos positions.
+        patch_size: side of the square of latents that makes one token.
+        activation_fn: activation of the feed-forward, by its name in diffusers.
+        norm_eps: epsilon of the layer norms.
+        interpolation_scale: divisor of the sin-cos positions; None for `max(sample_size // 64, 1)`.
+        use_additional_conditions: whether resolution and aspect ratio condition the model (C must be a multiple of 3);
+            None for yes if sample_size is 128, as in PixArt.
+        caption_channels: width of the text encoder's states, or None for a model without text.
+        num_classes: number of class labels, or None; label `num_classes` is the null class of guidance.
+        token_mixers: mixer names, tiled over the layers: ("window", "window", "full").
+        mixer_options: for each mixer name its options, such as {"window": {"window_size": 8}}.
+        rope_theta: base of the rotary embedding of queries and keys, or None for none.
+        qk_norm: "rms_norm" over each head's queries and keys, or None.
+        qk_norm_eps: epsilon of that norm.
+        attention_residual: add a mixer's input to its output inside the gate, as the released LocalDiT does.
+
+    Raises:
+        ValueError: for an unknown mixer or option, or sizes that do not fit together.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["LocalDiTBlock"]
+    _repeated_blocks = ["LocalDiTBlock"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 18,
+        dropout: float = 0.0,
+        attention_bias: bool = True,
+        sample_size: int = 128,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        norm_eps: float = 1e-6,
+        interpolation_scale: float | None = None,
+        use_additional_conditions: bool | None = None,
+        caption_channels: int | None = 4096,
+        num_classes: int | None = None,
+        token_mixers: tuple[str, ...] = ("window",),
+        mixer_options: dict[str, dict[str, Any]] | None = None,
+        rope_theta: float | None = 10000.0,
+        qk_norm: str | None = "rms_norm",
+        qk_norm_eps: float = 1e-6,
+        attention_residual: bool = False,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        if use_additional_conditions is None:
+            use_additional_conditions = sample_size == 128
+        _check_sizes(dim, sample_size, patch_size, caption_channels, num_classes, use_additional_conditions)
+        if interpolation_scale is None:
+            interpolation_scale = max(sample_size // 64, 1)
+        mixers = _build_mixers(
+            num_layers, token_mixers, mixer_options, num_attention_heads, attention_head_dim, rope_theta
+        )
+
+        self.inner_dim = dim
+        self.out_channels = out_channels or in_channels
+        self.use_additional_conditions = use_additional_conditions
+        self.gradient_checkpointing = False
+
+        self.pos_embed = PatchEmbed(
+            sample_size, sample_size, patch_size, in_channels, dim, interpolation_scale=interpolation_scale
+        )
+        self.adaln_single = AdaLayerNormSingle(dim, use_additional_conditions)
+        self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim) if caption_channels else None
+        self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.transformer_blocks = nn.ModuleList(
+            LocalDiTBlock(
+                dim,
+                mixer,
+                num_attention_heads,
+                attention_head_dim,
+                cross_attention=caption_channels is not None,
+                attention_residual=attention_residual,
+                dropout=dropout,
+                attention_bias=attention_bias,
+                activation_fn=activation_fn,
+                norm_eps=norm_eps,
+                qk_norm=qk_norm,
+                qk_norm_eps=qk_norm_eps,
+            )
+            for mixer in mixers
+        )
+        self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
+        self._initialize_weights()
+
+    def _initialize_weights(self) -> None:
+        # PixArt's initialisation: each block starts close to the identity, and the model's output at zero.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
+        conditioning = [self.adaln_single, self.caption_projection, self.class_embedder]
+        for module in (part for parent in conditioning if parent is not None for part in parent.modules()):
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.transformer_blocks:
+            if block.cross_attn is not None:
+                nn.init.zeros_(block.cross_attn.to_out[0].weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def set_token_mixers(
+        self, token_mixers: str | tuple[str, ...], mixer_options: dict[str, dict[str, Any]] | None = None
+    ) -> None:
+        """Give every layer a new mixer, and the registered config the new names, so that saving and loading agree.
+
+        A layer whose mixer learned parameters of the same names and shapes as its new one keeps them.
+
+        Args:
+            token_mixers: mixer names, tiled over the layers.
+            mixer_options: for each mixer name its options; None for the defaults.
+        """
+        config = self.config
+        token_mixers = (token_mixers,) if isinstance(token_mixers, str) else tuple(token_mixers)
+        mixers = _build_mixers(
+            config.num_layers,
+            token_mixers,
+            mixer_options,
+            config.num_attention_heads,
+            config.attention_head_dim,
+            config.rope_theta,
+        )
+        for block, mixer in zip(self.transformer_blocks, mixers, strict=True):
+            old = block.attn.get_processor()
+            learned = old.state_dict()
+            if {name: tensor.shape for name, tensor in learned.items()} == {
+                name: tensor.shape for name, tensor in mixer.state_dict().items()
+            }:
+                mixer.load_state_dict(learned)
+            mixer._attention_backend = old._attention_backend
+            block.attn.set_processor(mixer.to(self.device, self.dtype))
+        self.register_to_config(token_mixers=token_mixers, mixer_options=mixer_options)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        timestep: torch.Tensor | None = None,
+        added_cond_kwargs: dict[str, torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict what the model was trained to predict (noise, velocity or the clean picture) from noisy latents.
+
+        Args:
+            hidden_states: noisy latents, shape [B, in_channels, H, W]; H and W multiples of the patch size.
+            encoder_hidden_states: text states, shape [B, L, caption_channels].
+            timestep: shape [B], in [0, 1000], 0 for clean.
+            added_cond_kwargs: "resolution" [B, 2] (height, width in pixels) and "aspect_ratio" [B, 1], where the model
+                has `use_additional_conditions`.
+            encoder_attention_mask: [B, L] with 1 to keep, or a bias [B, 1, L] that is added to the scores.
+            class_labels: shape [B], in [0, num_classes]; `num_classes` stands for no label.
+            attention_kwargs: may hold "scale", the weight of the LoRA adapters.
+            return_dict: whether to return an output object or a tuple.
+
+        Returns:
+            `Transformer2DModelOutput` (or a tuple) with the sample, shape [B, out_channels, H, W].
+
+        Raises:
+            ValueError: for sizes that are not whole patches, widths that do not match, or a missing condition.
+        """
+        self._check_inputs(hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels)
+        batch_size, _, height, width = hidden_states.shape
+        patch_size = self.config.patch_size
+        grid = height // patch_size, width // patch_size
+
+        hidden_states = self.pos_embed(hidden_states)  # [B, N, C]
+        added_cond_kwargs = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
+        condition = self.adaln_single.emb(
+            timestep, **added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+        )
+        if self.class_embedder is not None:
+            condition = condition + self.class_embedder(class_labels)
+        modulation = self.adaln_single.linear(self.adaln_single.silu(condition)).unflatten(1, (6, -1))  # [B, 6, C]
+
+        if self.caption_projection is not None:
+            encoder_hidden_states = self.caption_projection(encoder_hidden_states)  # [B, L, C]
+        if encoder_attention_mask is not None:
+            if encoder_attention_mask.ndim == 2:
+                encoder_attention_mask = encoder_attention_mask.bool()[:, None]
+            encoder_attention_mask = encoder_attention_mask[:, None]  # [B, 1, 1, L]
+
+        for block in self.transformer_blocks:
+            block_inputs = (hidden_states, modulation, grid, encoder_hidden_states, encoder_attention_mask)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
+            else:
+                hidden_states = block(*block_inputs)
+
+        shift, scale = (self.scale_shift_table + condition[:, None]).chunk(2, dim=1)  # [B, 1, C] each
+        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+        hidden_states = self.proj_out(hidden_states)  # [B, N, patch * patch * out_channels]
+        hidden_states = hidden_states.unflatten(-1, (patch_size, patch_size, self.out_channels))
+        hidden_states = hidden_states.unflatten(1, grid)  # [B, grid height, grid width, patch, patch, out_channels]
+        sample = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, self.out_channels, height, width)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels) -> None:
+        config = self.config
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
+            raise ValueError(
+                f"hidden_states has shape {list(hidden_states.shape)}; "
+                f"expected [batch, {config.in_channels}, height, width]."
+            )
+        height, width = hidden_states.shape[-2:]
+        if height < 1 or width < 1 or height % config.patch_size or width % config.patch_size:
+            raise ValueError(
+                f"hidden_states is {height} x {width}, which is not a whole number of tokens; "
+                f"give sides that are multiples of patch_size={config.patch_size}."
+            )
+        if timestep is None:
+            raise ValueError("timestep is missing; give a tensor of shape [batch] with values in [0, 1000].")
+        if self.caption_projection is not None:
+            if encoder_hidden_states is None:
+                raise ValueError("encoder_hidden_states is missing; this model is conditioned on text.")
+            if encoder_hidden_states.shape[-1] != config.caption_channels:
+                raise ValueError(
+                    f"encoder_hidden_states is {encoder_hidden_states.shape[-1]} wide, but this model was made for "
+                    f"caption_channels={config.caption_channels}; use the text encoder it was trained with."
+                )
+        if self.class_embedder is not None and class_labels is None:
+            raise ValueError(
+                f"class_labels is missing; give a tensor of shape [batch] with labels 0 to {config.num_classes - 1}, "
+                f"or {config.num_classes} for no label."
+            )
+        if self.use_additional_conditions and added_cond_kwargs is None:
+            raise ValueError(
+                "added_cond_kwargs is missing; this model needs 'resolution' [batch, 2] and 'aspect_ratio' [batch, 1]."
+            )
+
+
+def _check_sizes(
+    dim: int,
+    sample_size: int,
+    patch_size: int,
+    caption_channels: int | None,
+    num_classes: int | None,
+    use_additional_conditions: bool,
+) -> None:
+    if dim < 4 or dim % 4:
+        raise ValueError(
+            f"num_attention_heads * attention_head_dim = {dim} is not a multiple of 4, as the sin-cos positions need."
+        )
+    if patch_size < 1 or sample_size < patch_size:
+        raise ValueError(f"patch_size={patch_size} must be at least 1 and at most sample_size={sample_size}.")
+    if caption_channels and num_classes:
+        raise ValueError(
+            f"caption_channels={caption_channels} and num_classes={num_classes} exclude each other; set one to None."
+        )
+    if use_additional_conditions and dim % 3:
+        raise ValueError(
+            f"use_additional_conditions splits the width {dim} into three; choose a width that is a multiple of 3, "
+            "or use_additional_conditions=False."
+        )
+
+
+def _build_mixers(
+    num_layers: int,
+    token_mixers: tuple[str, ...],
+    mixer_options: dict[str, dict[str, Any]] | None,
+    num_attention_heads: int,
+    attention_head_dim: int,
+    rope_theta: float | None,
+) -> list[TokenMixer]:
+    """One mixer per layer, its names tiled; a mixer's `layer` counts the layers of its own kind before it."""
+    mixer_options = mixer_options or {}
+    token_mixers = (token_mixers,) if isinstance(token_mixers, str) else tuple(token_mixers)
+    check_mixers(token_mixers, mixer_options)
+    seen: Counter[str] = Counter()
+    mixers = []
+    for layer in range(num_layers):
+        name = token_mixers[layer % len(token_mixers)]
+        mixers.append(
+            MIXERS[name](num_attention_heads, attention_head_dim, seen[name], rope_theta, **mixer_options.get(name, {}))
+        )
+        seen[name] += 1
+    return mixers

@@ -1,0 +1,1 @@
+"""The pipelines, one class per file; import them from `localdit`."""

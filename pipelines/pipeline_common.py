@@ -1,0 +1,412 @@
+"""What the LocalDiT pipelines share: prompt encoding, input checks, the denoising loop, decoding."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
+from diffusers.utils import is_torch_xla_available, logging
+from diffusers.utils.torch_utils import randn_tensor
+
+if is_torch_xla_available():
+    import torch_xla.core.xla_model as xm
+
+logger = logging.get_logger(__name__)
+
+# B pictures in the batch, L text tokens, H and W of the latents
+
+# What a call uses where neither the caller nor the folder's `call_defaults` says otherwise.
+STANDARD_CALL = {
+    "height": None,
+    "width": None,
+    "num_inference_steps": 20,
+    "guidance_scale": 4.5,
+    "strength": 0.6,
+    "max_sequence_length": 120,
+}
+
+
+def checked_call_defaults(call_defaults: dict[str, Any] | None) -> dict[str, Any]:
+    """Return `call_defaults`, or raise a ValueError that names what it may not hold."""
+    call_defaults = dict(call_defaults or {})
+    unknown = sorted(set(call_defaults) - set(STANDARD_CALL))
+    if unknown:
+        raise ValueError(f"call_defaults has unknown key(s) {unknown}; it may hold {sorted(STANDARD_CALL)}.")
+    return call_defaults
+
+
+class LocalDiTPipelineMixin:
+    """The parts of a call that all LocalDiT pipelines have in common; the pipeline class brings the components."""
+
+    def initialize(self, call_defaults: dict[str, Any] | None) -> None:
+        """Derive from the registered components what every call needs, and register the call defaults."""
+        self.register_to_config(call_defaults=checked_call_defaults(call_defaults))
+        vae = getattr(self, "vae", None)
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    def call_default(self, name: str, value: Any) -> Any:
+        """`value`, or where that is None the folder's default of that name, or else the library's."""
+        if value is not None:
+            return value
+        return self.config.call_defaults.get(name, STANDARD_CALL[name])
+
+    def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, by default the size the transformer was made for."""
+        side = self.transformer.config.sample_size * self.vae_scale_factor
+        return self.call_default("height", height) or side, self.call_default("width", width) or side
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise a ValueError unless both sides, in pixels, are whole numbers of tokens."""
+        token = self.vae_scale_factor * self.transformer.config.patch_size  # pixels along one side of a token
+        for name, side in (("height", height), ("width", width)):
+            if not isinstance(side, int | np.integer):
+                raise TypeError(f"{name}={side!r} is not a whole number of pixels; give an int.")
+            if side < token or side % token:
+                below = max(side // token, 1) * token
+                raise ValueError(
+                    f"{name}={side} is not a positive multiple of {token} pixels (one token); "
+                    f"the nearest that are: {below} and {below + token}."
+                )
+
+    def check_prompts(
+        self,
+        prompt,
+        negative_prompt,
+        prompt_embeds,
+        prompt_attention_mask,
+        negative_prompt_embeds,
+        negative_prompt_attention_mask,
+    ) -> None:
+        """Raise unless there is exactly one of prompt and prompt_embeds, each of the right type and shape."""
+        if (prompt is None) == (prompt_embeds is None):
+            given = "neither was" if prompt is None else "both were"
+            raise ValueError(f"Give either prompt or prompt_embeds; {given} given.")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if isinstance(text, list) and not text:
+                raise ValueError(f"{name} is an empty list; give at least one text.")
+            if isinstance(text, list) and not all(isinstance(item, str) for item in text):
+                wrong = next(item for item in text if not isinstance(item, str))
+                raise TypeError(f"{name} holds {wrong!r} of type {type(wrong).__name__}; every entry must be a str.")
+            if text is not None and not isinstance(text, str | list):
+                raise TypeError(f"{name} has type {type(text).__name__}; give a str or a list of str.")
+        if isinstance(negative_prompt, list):
+            wanted = len(prompt) if isinstance(prompt, list) else 1 if prompt is not None else len(prompt_embeds)
+            if len(negative_prompt) not in (1, wanted):
+                raise ValueError(
+                    f"negative_prompt has {len(negative_prompt)} texts for {wanted} prompts; give one, or one for each."
+                )
+        if negative_prompt is not None and negative_prompt_embeds is not None:
+            raise ValueError("Give either negative_prompt or negative_prompt_embeds; both were given.")
+        masks = {"prompt_embeds": prompt_attention_mask, "negative_prompt_embeds": negative_prompt_attention_mask}
+        width = self.transformer.config.caption_channels
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is None:
+                continue
+            if masks[name] is None:
+                raise ValueError(f"{name} was given without its attention mask; encode_prompt returns both.")
+            if embeds.ndim != 3 or embeds.shape[-1] != width:
+                raise ValueError(
+                    f"{name} has shape {list(embeds.shape)}; this model wants [batch, tokens, {width}] "
+                    "from the text encoder it was trained with."
+                )
+        if prompt_embeds is not None and negative_prompt_embeds is not None:
+            if prompt_embeds.shape != negative_prompt_embeds.shape:
+                raise ValueError(
+                    f"prompt_embeds {list(prompt_embeds.shape)} and negative_prompt_embeds "
+                    f"{list(negative_prompt_embeds.shape)} differ in shape; encode both to the same length."
+                )
+        if self.text_encoder is None and prompt is not None:
+            raise ValueError("This pipeline has no text_encoder; give prompt_embeds and prompt_attention_mask instead.")
+
+    def check_sampling(
+        self,
+        num_inference_steps: int,
+        guidance_scale: float,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raise for a step count, guidance, image count, output type or callback input out of range."""
+        for name, count in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(count, int | np.integer) or count < 1:
+                raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
+        if not isinstance(guidance_scale, int | float):
+            raise TypeError(f"guidance_scale={guidance_scale!r} must be a number; 1 turns guidance off.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is not known; choose 'pil', 'np', 'pt' or 'latent'.")
+        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has unknown name(s) {unknown}; "
+                f"choose among {self._callback_tensor_inputs}."
+            )
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_images_per_prompt: int = 1,
+        device: torch.device | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
+        max_sequence_length: int | None = None,
+    ):
+        """Encode texts into what the transformer's cross-attention reads.
+
+        Args:
+            prompt: one text or a list of B.
+            negative_prompt: what guidance steers away from; None for the empty text.
+            do_classifier_free_guidance: whether to encode the negative prompt at all.
+            num_images_per_prompt: pictures per text; every row is repeated so often.
+            device: where to; None for the pipeline's device.
+            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask: what was
+                encoded before, [B, L, caption_channels] and [B, L]; used instead of encoding.
+            max_sequence_length: L; None for the folder's default.
+
+        Returns:
+            prompt_embeds [B * num_images_per_prompt, L, caption_channels], prompt_attention_mask [..., L] and the
+            same two for the negative prompt (None without guidance).
+        """
+        device = device or self._execution_device
+        max_sequence_length = self.call_default("max_sequence_length", max_sequence_length)
+        if prompt_embeds is None:
+            prompt = [prompt] if isinstance(prompt, str) else prompt
+            prompt_embeds, prompt_attention_mask = self._encode_texts(prompt, max_sequence_length, device)
+        batch_size, tokens = prompt_embeds.shape[:2]
+        prompt_embeds = _repeat_rows(prompt_embeds, num_images_per_prompt, device, self.transformer.dtype)
+        prompt_attention_mask = _repeat_rows(prompt_attention_mask, num_images_per_prompt, device)
+
+        if do_classifier_free_guidance:
+            if negative_prompt_embeds is None:
+                texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
+                texts = texts * batch_size if len(texts) == 1 else texts
+                negative_prompt_embeds, negative_prompt_attention_mask = self._encode_texts(texts, tokens, device)
+            negative_prompt_embeds = _repeat_rows(
+                negative_prompt_embeds, num_images_per_prompt, device, self.transformer.dtype
+            )
+            negative_prompt_attention_mask = _repeat_rows(negative_prompt_attention_mask, num_images_per_prompt, device)
+        else:
+            negative_prompt_embeds = None
+            negative_prompt_attention_mask = None
+        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def _encode_texts(
+        self, texts: list[str], max_sequence_length: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.text_encoder is None:
+            raise ValueError(
+                "This pipeline has no text_encoder to encode the (negative) prompt with; give both prompt_embeds and "
+                "negative_prompt_embeds, or guidance_scale=1."
+            )
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+        )
+        lengths = [len(ids) for ids in self.tokenizer(texts).input_ids]
+        for text, length in zip(texts, lengths, strict=True):
+            if length > max_sequence_length:
+                logger.warning(f"Only the first {max_sequence_length} of {length} tokens are used of {text!r}.")
+        mask = tokens.attention_mask.to(device)
+        return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0], mask
+
+    def prepare_noise(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Standard normal latents [B, C, H, W] for pictures of so many pixels.
+
+        One generator is asked for one picture after the other, so a seed gives the same first picture whatever the
+        batch size.
+        """
+        shape = (
+            batch_size,
+            self.transformer.config.in_channels,
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
+        )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator is a list of {len(generator)} for {batch_size} pictures; give one for each.")
+        if isinstance(generator, torch.Generator):
+            generator = [generator] * batch_size
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+
+    def check_latents(self, latents: torch.Tensor, batch_size: int, height: int, width: int) -> None:
+        """Raise a ValueError unless the latents have the shape that the size asks for and hold finite numbers."""
+        channels = self.transformer.config.in_channels
+        shape = [batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor]
+        if list(latents.shape) != shape:
+            raise ValueError(f"latents has shape {list(latents.shape)}; these prompts and this size want {shape}.")
+        if not torch.isfinite(latents).all():
+            raise ValueError("latents holds NaN or infinite numbers; give finite ones, drawn from a standard normal.")
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        timesteps: list[int] | None,
+        sigmas: list[float] | None,
+        height: int,
+        width: int,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, int]:
+        """Set the scheduler's timesteps (shifted by the number of tokens where it asks for that)."""
+        shift = {}
+        if self.scheduler.config.get("use_dynamic_shifting", False):
+            tokens = height * width // (self.vae_scale_factor * self.transformer.config.patch_size) ** 2
+            shift["mu"] = calculate_shift(tokens)
+        return retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas, **shift)
+
+    def size_conditions(self, batch_size: int, height: int, width: int) -> dict[str, torch.Tensor] | None:
+        """Resolution [B, 2] in pixels and aspect ratio [B, 1], for a transformer that was trained with them."""
+        if not self.transformer.use_additional_conditions:
+            return None
+        like = {"dtype": self.transformer.dtype, "device": self._execution_device}
+        return {
+            "resolution": torch.tensor([[height, width]] * batch_size, **like),
+            "aspect_ratio": torch.tensor([[height / width]] * batch_size, **like),
+        }
+
+    def denoise(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: dict[str, torch.Tensor | None],
+        height: int,
+        width: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        eta: float,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> torch.Tensor:
+        """Run the sampler over `timesteps`; `conditions` maps the names that `encode_prompt` returns to its tensors."""
+        step_arguments = _supported(self.scheduler.step, generator=generator, eta=eta)
+        warmup_steps = max(len(timesteps) - self._num_timesteps * self.scheduler.order, 0)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for index, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = timestep
+                prediction = self.predict(latents, timestep, conditions, height, width)
+                latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    state = {"latents": latents, **conditions}
+                    chosen = {name: state[name] for name in callback_on_step_end_tensor_inputs}
+                    changed = callback_on_step_end(self, index, timestep, chosen) or {}
+                    latents = changed.pop("latents", latents)
+                    conditions = {**conditions, **{name: changed[name] for name in conditions if name in changed}}
+                last = index == len(timesteps) - 1
+                if last or (index + 1 > warmup_steps and (index + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+                if is_torch_xla_available():
+                    xm.mark_step()
+        self._current_timestep = None
+        return latents
+
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        conditions: dict[str, torch.Tensor | None],
+        height: int,
+        width: int,
+    ) -> torch.Tensor:
+        """The guided prediction for one step, [B, C, H, W], in the form the scheduler expects."""
+        guided = self.do_classifier_free_guidance
+        embeds, mask = conditions["prompt_embeds"], conditions["prompt_attention_mask"]
+        if guided:
+            embeds = torch.cat((conditions["negative_prompt_embeds"], embeds))
+            mask = torch.cat((conditions["negative_prompt_attention_mask"], mask))
+        model_input = torch.cat((latents, latents)) if guided else latents
+        if hasattr(self.scheduler, "scale_model_input"):
+            model_input = self.scheduler.scale_model_input(model_input, timestep)
+        with self.transformer.cache_context("cond_uncond"):
+            prediction = self.transformer(
+                model_input.to(self.transformer.dtype),
+                encoder_hidden_states=embeds,
+                encoder_attention_mask=mask,
+                timestep=timestep.expand(len(model_input)),
+                added_cond_kwargs=self.size_conditions(len(model_input), height, width),
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+            )[0]
+        if self.transformer.out_channels == 2 * self.transformer.config.in_channels:
+            prediction = prediction.chunk(2, dim=1)[0]  # the other half is a learned variance, which samplers ignore
+        if guided:
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+        return sample_to_velocity(prediction, latents, timestep, self.scheduler)
+
+    def decode(self, latents: torch.Tensor, output_type: str):
+        """Turn latents into pictures of the asked type (or leave them for "latent")."""
+        if output_type == "latent":
+            return latents
+        if self.vae is not None:
+            config = self.vae.config
+            latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
+            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return self.image_processor.postprocess(latents, output_type=output_type)
+
+
+def sample_to_velocity(
+    prediction: torch.Tensor, latents: torch.Tensor, timestep: torch.Tensor, scheduler
+) -> torch.Tensor:
+    """Turn a predicted clean picture into the velocity that flow-matching schedulers integrate.
+
+    They have no setting for it, unlike `DPMSolverMultistepScheduler`, but keep the `prediction_type` of the config they
+    were made from. With x_t = (1 - s) x_0 + s e the velocity is e - x_0 = (x_t - x_0) / s, where s = timestep / 1000.
+    """
+    flow_matching = hasattr(scheduler, "scale_noise")
+    if not flow_matching or scheduler.config.get("prediction_type") != "sample":
+        return prediction
+    sigma = timestep / scheduler.config.num_train_timesteps
+    return (latents - prediction) / sigma
+
+
+def _repeat_rows(
+    rows: torch.Tensor, times: int, device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    return rows.to(device=device, dtype=dtype).repeat_interleave(times, dim=0)
+
+
+def _supported(function: Callable, **arguments: Any) -> dict[str, Any]:
+    """Those of `arguments` that `function` takes (schedulers differ)."""
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in known}

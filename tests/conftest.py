@@ -1,0 +1,77 @@
+"""Tiny real components that the tests share."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
+
+from config import TextEncoderConfig
+from train.components import build_text_encoder, build_tokenizer
+
+CAPTION_CHANNELS = 24
+CALL_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 2.0, "max_sequence_length": 8}
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def make_transformer(**changes) -> LocalDiTTransformer2DModel:
+    """A small text-conditioned pixel transformer whose output is not zero, as it is at initialisation."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 3,
+        "num_layers": 2,
+        "sample_size": 16,
+        "patch_size": 2,
+        "caption_channels": CAPTION_CHANNELS,
+        "mixer_options": {"window": {"window_size": 3, "global_context": 2}},
+    }
+    transformer = LocalDiTTransformer2DModel(**{**config, **changes})
+    for parameter in transformer.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return transformer.eval()
+
+
+def make_components(**changes) -> dict:
+    """Components of a tiny pixel pipeline; `changes` replace some of them."""
+    tokenizer = build_tokenizer(["a", "red", "blue", "seven"], CALL_DEFAULTS["max_sequence_length"])
+    text = TextEncoderConfig(d_model=CAPTION_CHANNELS, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
+    components = {
+        "tokenizer": tokenizer,
+        "text_encoder": build_text_encoder(text, len(tokenizer)).eval(),
+        "vae": None,
+        "transformer": make_transformer(),
+        "scheduler": DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
+        "call_defaults": CALL_DEFAULTS,
+    }
+    return {**components, **changes}
+
+
+def make_vae() -> AutoencoderKL:
+    """A tiny autoencoder, 4 latent channels at half the size."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+    ).eval()
+
+
+def _quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def pipeline() -> LocalDiTPipeline:
+    return _quiet(LocalDiTPipeline(**make_components()))
+
+
+@pytest.fixture
+def img2img() -> LocalDiTImg2ImgPipeline:
+    return _quiet(LocalDiTImg2ImgPipeline(**make_components()))

@@ -1,0 +1,1 @@
+"""Training: `accelerate launch -m train --config train/recipes/<name>.yaml`."""

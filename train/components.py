@@ -1,0 +1,112 @@
+"""The networks of a run: built from the config, wrapped for training, saved as a pipeline."""
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+from config import TextEncoderConfig, TrainConfig
+from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from train.objective import sampling_scheduler
+
+
+def build_tokenizer(words: list[str], max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, deaf to case and punctuation, that ends a text with </s> as T5's does."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s'-]"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def build_text_encoder(config: TextEncoderConfig, vocab_size: int) -> T5EncoderModel:
+    """A small T5 encoder with random weights."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocab_size,
+            d_model=config.d_model,
+            d_kv=config.d_kv,
+            d_ff=config.d_ff,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+
+
+class Denoiser(nn.Module):
+    """Transformer and text encoder as one module, so that one forward pass trains both under any launcher."""
+
+    def __init__(self, transformer: LocalDiTTransformer2DModel, text_encoder: T5EncoderModel | None):
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        timestep: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict [B, C, H, W] from noisy inputs [B, C, H, W], timesteps [B] and text [B, L] or labels [B]."""
+        states = None
+        if self.text_encoder is not None:
+            states = self.text_encoder(input_ids, attention_mask=attention_mask)[0]
+        return self.transformer(
+            inputs,
+            encoder_hidden_states=states,
+            encoder_attention_mask=attention_mask,
+            timestep=timestep,
+            class_labels=class_labels,
+            return_dict=False,
+        )[0]
+
+
+def check_components(config: TrainConfig, channels: int, classes: list[str] | None) -> None:
+    """Raise a ValueError where the model does not fit the data."""
+    model, data = config.model, config.data
+    if model.in_channels != channels:
+        raise ValueError(
+            f"model.in_channels={model.in_channels}, but the data has {channels} channels; set {channels}."
+        )
+    if data.resolution % model.patch_size:
+        raise ValueError(f"data.resolution={data.resolution} is not a multiple of model.patch_size={model.patch_size}.")
+    if model.caption_channels is not None and model.caption_channels != config.text_encoder.d_model:
+        raise ValueError(
+            f"model.caption_channels={model.caption_channels} differs from "
+            f"text_encoder.d_model={config.text_encoder.d_model}; make them equal."
+        )
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(f"model.num_classes={model.num_classes}, but the data has {len(classes)}: {classes}.")
+
+
+def build_pipeline(config: TrainConfig, denoiser: Denoiser, tokenizer) -> LocalDiTPipeline:
+    """The pipeline of a run, with the run's sampling settings as its defaults."""
+    sample = config.sample
+    defaults = {
+        "num_inference_steps": sample.num_inference_steps,
+        "guidance_scale": sample.guidance_scale,
+        "strength": sample.strength,
+        "max_sequence_length": config.text_encoder.max_sequence_length,
+    }
+    return LocalDiTPipeline(
+        tokenizer=tokenizer,
+        text_encoder=denoiser.text_encoder,
+        vae=None,
+        transformer=denoiser.transformer,
+        scheduler=sampling_scheduler(config.objective),
+        call_defaults={name: value for name, value in defaults.items() if value is not None},
+    )

@@ -1,0 +1,220 @@
+"""The training loop."""
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from torch import nn
+from tqdm.auto import tqdm
+
+from config import OptimizerConfig, TrainConfig
+from localdit import LocalDiTTransformer2DModel
+from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from train.components import Denoiser, build_pipeline, build_text_encoder, build_tokenizer, check_components
+from train.data import build_dataset, build_loader
+from train.objective import Objective
+
+
+class Trainer:
+    """One run, from its config to a pipeline in `output_dir/pipeline`."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.objective = Objective(config.objective)
+        dataset = build_dataset(config)
+        check_components(config, dataset.channels, dataset.classes)
+        resume = find_checkpoint(config.resume, self.output_dir / "checkpoints") if config.resume else None
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=list(config.report_to),
+            project_dir=str(self.output_dir),
+        )
+        set_seed(config.seed)
+
+        self.denoiser, self.tokenizer = self._build_networks(dataset)
+        if config.compile:
+            self.denoiser.transformer.compile_repeated_blocks()
+        parameters = list(self.denoiser.parameters())
+        self.ema = EMAModel(parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
+        optimizer = build_optimizer(self.denoiser, config.optimizer)
+        schedule = get_scheduler(
+            config.optimizer.lr_scheduler,
+            optimizer,
+            # accelerate steps the schedule once per process
+            num_warmup_steps=config.optimizer.warmup_steps * self.accelerator.num_processes,
+            num_training_steps=config.max_steps * self.accelerator.num_processes,
+        )
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.denoiser, optimizer, schedule)
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+            self.accelerator.register_for_checkpointing(self.ema)
+        self.first_step = load_checkpoint(self.accelerator, resume) if resume else 0
+        self.loader = build_loader(
+            dataset, config, self.first_step, self.accelerator.process_index, self.accelerator.num_processes
+        )
+
+    def _build_networks(self, dataset) -> tuple[Denoiser, object]:
+        config, text = self.config, self.config.text_encoder
+        transformer = LocalDiTTransformer2DModel(**vars(config.model))
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if config.model.caption_channels is None:
+            return Denoiser(transformer, None), None
+        tokenizer = build_tokenizer(dataset.words(), text.max_sequence_length)
+        return Denoiser(transformer, build_text_encoder(text, len(tokenizer))), tokenizer
+
+    def train(self) -> None:
+        """Run from the first step to the last, then save the pipeline."""
+        config, accelerator = self.config, self.accelerator
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if config.report_to:
+            accelerator.init_trackers("train", config=None)
+        progress = tqdm(
+            total=config.max_steps,
+            initial=self.first_step,
+            disable=not accelerator.is_main_process,
+            unit="step",
+            dynamic_ncols=True,
+        )
+        batches = iter(self.loader)
+        losses, since = [], time.perf_counter()
+        for step in range(self.first_step, config.max_steps):
+            losses.append(self._step(step, batches))
+            done = step + 1
+            progress.update()
+            if done % config.log_every == 0 or done == config.max_steps:
+                self._log(done, losses, time.perf_counter() - since, progress)
+                losses, since = [], time.perf_counter()
+            if done % config.sample_every == 0:
+                self._draw_samples(done)
+            if done % config.checkpoint_every == 0 or done == config.max_steps:
+                save_checkpoint(accelerator, self.output_dir / "checkpoints", done, config.keep_checkpoints)
+        progress.close()
+        self.save_pipeline()
+        accelerator.end_training()
+
+    def _step(self, step: int, batches) -> torch.Tensor:
+        accumulation = self.config.gradient_accumulation_steps
+        losses = []
+        for micro_step in range(step * accumulation, (step + 1) * accumulation):
+            with self.accelerator.accumulate(self.model):
+                loss = self._loss(next(batches), micro_step)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        if self.ema is not None:
+            self.ema.step(self.denoiser.parameters())
+        return torch.stack(losses).mean()
+
+    def _loss(self, batch: dict, micro_step: int) -> torch.Tensor:
+        device = self.accelerator.device
+        # seeded by place, not by history: a resumed run draws what an uninterrupted one would have drawn
+        seed = np.random.SeedSequence((self.config.seed, micro_step, self.accelerator.process_index))
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        noised = self.objective(batch["image"].to(device), generator)
+        dropped = torch.rand(len(batch["image"]), generator=generator) < self.config.objective.condition_dropout
+        condition = self._condition(batch, dropped)
+        with self.accelerator.autocast():
+            prediction = self.model(noised.inputs, noised.timestep, **condition)
+        return noised.loss(prediction)
+
+    def _condition(self, batch: dict, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+        device = self.accelerator.device
+        if "label" in batch:
+            labels = torch.where(dropped, self.config.model.num_classes, batch["label"])
+            return {"class_labels": labels.to(device)} if self.config.model.num_classes else {}
+        if self.tokenizer is None:
+            return {}
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return {"input_ids": tokens.input_ids.to(device), "attention_mask": tokens.attention_mask.to(device)}
+
+    def _log(self, step: int, losses: list[torch.Tensor], seconds: float, progress: tqdm) -> None:
+        loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if not np.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss} at step {step}; lower optimizer.learning_rate or use mixed_precision=no, and "
+                "resume from the last checkpoint."
+            )
+        config = self.config
+        pictures = len(losses) * config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
+        values = {
+            "loss": loss,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "images_per_second": pictures / seconds,
+        }
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            left = (config.max_steps - step) * seconds / len(losses)
+            progress.set_postfix_str(
+                f"loss {loss:.4f}, {values['images_per_second']:.0f} images/s, {left / 60:.0f} min left"
+            )
+            with (self.output_dir / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+
+    @contextmanager
+    def averaged_weights(self):
+        """Inside, the networks hold the averaged weights."""
+        if self.ema is None:
+            yield
+            return
+        parameters = list(self.denoiser.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    @torch.no_grad()
+    def _draw_samples(self, step: int) -> None:
+        sample = self.config.sample
+        if not self.accelerator.is_main_process or not sample.prompt or self.tokenizer is None:
+            return
+        with self.averaged_weights():
+            self.denoiser.eval()
+            pipeline = build_pipeline(self.config, self.denoiser, self.tokenizer)
+            pipeline.set_progress_bar_config(disable=True)
+            prompts = [prompt for prompt in sample.prompt for _ in range(sample.num_images)]
+            generators = [torch.Generator().manual_seed(sample.seed + index) for index in range(len(prompts))]
+            images = pipeline(prompts, negative_prompt=sample.negative_prompt, generator=generators).images
+            self.denoiser.train()
+        folder = self.output_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        rows = len(sample.prompt)
+        make_image_grid(images, rows=rows, cols=sample.num_images).save(folder / f"{step:08d}.png")
+
+    def save_pipeline(self) -> None:
+        """Write the averaged weights as a pipeline to `output_dir/pipeline`."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.averaged_weights():
+            dtype = getattr(torch, self.config.save_dtype)
+            state = {name: tensor.to(dtype) for name, tensor in self.denoiser.state_dict().items()}
+        copy, _ = self._build_networks(build_dataset(self.config))
+        copy.to(dtype).load_state_dict(state)
+        build_pipeline(self.config, copy, self.tokenizer).save_pretrained(self.output_dir / "pipeline")
+
+
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices of linear layers and convolutions only."""
+    decayed, plain = [], []
+    matrices = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    for parameter in module.parameters():
+        (decayed if id(parameter) in matrices else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
