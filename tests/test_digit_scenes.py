@@ -300,14 +300,24 @@ def test_training_a_reader_is_decided_by_its_seed(reader):
 
 def test_digits_are_located_at_the_peaks_of_the_map():
     centre = torch.full((2, 16, 16), -9.0)
-    centre[1, 4, 10], centre[1, 4, 11] = 3.0, 1.0
-    size, colour = torch.full((2, 16, 16), np.log(24 / 32)), torch.zeros(2, 6, 16, 16)
+    centre[1, 4, 10], centre[1, 4, 11], centre[1, 12, 3] = 3.0, 1.0, 2.0
+    size, colour = torch.full((2, 2, 16, 16), np.log(24 / 32)), torch.zeros(2, 6, 16, 16)
     colour[:, 2] = 5.0
     picture, place, found_colour, score = locate(centre, size, colour)
-    assert picture.tolist() == [1] and found_colour.tolist() == [2]
-    x, y, side = place[0].tolist()
-    assert 42 < x < 44 and y == pytest.approx(18, abs=0.1) and side == pytest.approx(24, abs=0.1)
-    assert score.item() == pytest.approx(0.953, abs=0.001)
+    assert picture.tolist() == [1, 1] and found_colour.tolist() == [2, 2]
+    (x, y, width, height), other = place.tolist()
+    assert 42 < x < 44 and y == pytest.approx(18, abs=0.1)
+    assert width == height == pytest.approx(24, abs=0.1)
+    assert other[:2] == pytest.approx([14, 50], abs=0.1)
+    assert score.tolist() == pytest.approx([0.953, 0.881], abs=0.001)
+
+
+@pytest.mark.parametrize("width, count", [(24, 1), (6, 2)])
+def test_a_weaker_peak_within_a_digit_is_not_another_digit(width, count):
+    centre = torch.full((1, 16, 16), -9.0)
+    centre[0, 4, 10], centre[0, 4, 12] = 3.0, 1.0
+    size = torch.tensor([width / 32, 24 / 32]).log()[None, :, None, None].expand(1, 2, 16, 16)
+    assert len(locate(centre, size, torch.zeros(1, 6, 16, 16))[0]) == count
 
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
@@ -318,7 +328,7 @@ def test_cropped_ink_is_the_same_in_every_colour(background):
         scene = Scene(Glyph(colour, 4), background)
         picture, boxes = render_with_boxes(scene, rng, group_by_class(*load_digits("train")))
         (left, top, width, height) = boxes[0].tolist()
-        place = torch.tensor([[left + width / 2, top + height / 2, max(width, height)]])
+        place = torch.tensor([[left + width / 2, top + height / 2, width, height]])
         pictures = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255
         ground = torch.tensor([list(BACKGROUNDS).index(background)])
         crops.append(crop_ink(pictures, torch.tensor([0]), place, torch.tensor([index]), ground))

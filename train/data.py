@@ -40,7 +40,7 @@ class DigitScenes(Dataset):
 
 
 class ImageFolder(Dataset):
-    """Pictures of a folder, in a new order every epoch, each with a caption (.txt beside it) or a class (its folder)."""
+    """Pictures of a folder in a new order every epoch, each with a caption (a .txt) or a class (its folder)."""
 
     channels = 3
 

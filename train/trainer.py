@@ -27,6 +27,7 @@ class Trainer:
     """One run, from its config to a pipeline in `output_dir/pipeline`."""
 
     def __init__(self, config: TrainConfig):
+        check_run(config)
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.objective = Objective(config.objective)
@@ -36,7 +37,7 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=list(config.report_to),
+            log_with=list(config.report_to) or None,
             project_dir=str(self.output_dir),
         )
         set_seed(config.seed)
@@ -185,7 +186,8 @@ class Trainer:
         sample = self.config.sample
         if not self.accelerator.is_main_process or not sample.prompt or self.tokenizer is None:
             return
-        with self.averaged_weights():
+        # eager, because compiling again for another batch size takes longer than a few pictures
+        with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
             self.denoiser.eval()
             pipeline = build_pipeline(self.config, self.denoiser, self.tokenizer)
             pipeline.set_progress_bar_config(disable=True)
@@ -202,12 +204,21 @@ class Trainer:
         """Write the averaged weights as a pipeline to `output_dir/pipeline`."""
         if not self.accelerator.is_main_process:
             return
-        with self.averaged_weights():
-            dtype = getattr(torch, self.config.save_dtype)
-            state = {name: tensor.to(dtype) for name, tensor in self.denoiser.state_dict().items()}
         copy, _ = self._build_networks(build_dataset(self.config))
-        copy.to(dtype).load_state_dict(state)
+        with self.averaged_weights():
+            copy.load_state_dict(self.denoiser.state_dict())
+        copy.to(getattr(torch, self.config.save_dtype))
         build_pipeline(self.config, copy, self.tokenizer).save_pretrained(self.output_dir / "pipeline")
+
+
+def check_run(config: TrainConfig) -> None:
+    """Raise a ValueError where a setting of the run is out of range."""
+    counts = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "sample_every")
+    for name in (*counts, "checkpoint_every", "keep_checkpoints"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -44,9 +44,9 @@ def _convolution(in_channels: int, out_channels: int, kernel_size: int = 3, stri
 class DigitSceneReader(nn.Module):
     """Two small convolutional networks, one to find digits and one to recognise them.
 
-    The first looks for digit centres in a 16x16 grid (after Zhou et al. 2019, "Objects as Points"), and for the size
-    and the colour of each digit. The second sees one digit at a time, as the ink of its colour in a square of 28x28
-    around it, so that colour, size and place no longer matter.
+    The first looks for digit centres in a 16x16 grid (after Zhou et al. 2019, "Objects as Points"), and for the width,
+    height and colour of each digit. The second sees one digit at a time, as the ink of its colour in a square of 28x28
+    samples around it, so that colour, size and place no longer matter.
     """
 
     def __init__(self):
@@ -56,7 +56,7 @@ class DigitSceneReader(nn.Module):
             *_convolution(48, 48, kernel_size=4, stride=2), *_convolution(48, 48), *_convolution(48, 48)
         )
         self.merge = nn.Sequential(*_convolution(48, 48))
-        self.cell_head = nn.Conv2d(48, 2 + len(COLOURS), 1)
+        self.cell_head = nn.Conv2d(48, 3 + len(COLOURS), 1)
         self.background_head = nn.Linear(48, len(BACKGROUNDS))
         self.recognise = nn.Sequential(
             *_convolution(1, 24),
@@ -76,22 +76,22 @@ class DigitSceneReader(nn.Module):
         """Look for digits in images, float [B, 3, 64, 64] in [0, 1].
 
         Returns:
-            for every cell the logit of a digit's centre [B, 16, 16], the logarithm of the longer side of its ink in
-            units of 32 pixels [B, 16, 16] and the logits of its colour [B, 6, 16, 16]; and for the whole picture the
-            logits of the background [B, 3].
+            for every cell the logit of a digit's centre [B, 16, 16], the logarithm of the width and height of its ink
+            in units of 32 pixels [B, 2, 16, 16] and the logits of its colour [B, 6, 16, 16]; and for the whole picture
+            the logits of the background [B, 3].
         """
         cells = self.cells(2 * images - 1)  # [B, 48, 16, 16]
         surroundings = self.surroundings(cells)  # [B, 48, 8, 8]
         merged = self.merge(cells + F.interpolate(surroundings, scale_factor=2.0))
-        centre, size, colour = self.cell_head(merged).split([1, 1, len(COLOURS)], dim=1)
-        return centre.squeeze(1), size.squeeze(1), colour, self.background_head(surroundings.mean(dim=(2, 3)))
+        centre, size, colour = self.cell_head(merged).split([1, 2, len(COLOURS)], dim=1)
+        return centre.squeeze(1), size, colour, self.background_head(surroundings.mean(dim=(2, 3)))
 
     @torch.no_grad()
     def read(self, images, threshold: float = 0.4) -> list[SceneReading]:
         """Read pictures on the CPU: a list of PIL images or uint8 [B, 64, 64, 3]; raises ValueError for other sizes.
 
         A digit is reported where the probability of a centre is at least threshold and no lower than in the eight
-        cells around.
+        cells around, unless that place lies within a digit that is more certain.
         """
         self.eval()
         pictures = _to_tensor(images)
@@ -109,7 +109,7 @@ class DigitSceneReader(nn.Module):
         else:
             digit = picture
         found = [[] for _ in pictures]
-        for index in score.argsort(descending=True).tolist():
+        for index in range(len(picture)):
             centre = (float(place[index, 0]), float(place[index, 1]))
             name = tuple(COLOURS)[int(colour[index])]
             found[int(picture[index])].append(Reading(name, int(digit[index]), centre, float(score[index])))
@@ -120,15 +120,18 @@ class DigitSceneReader(nn.Module):
 def locate(centre, size, colour, threshold: float = 0.4):
     """Turn what `DigitSceneReader.forward` says of the cells into a list of n digits.
 
-    A peak and the eight cells around it vote, each as strongly as it is sure to be the centre.
+    A peak and the eight cells around it vote on the digit, each as strongly as it is sure to be the centre. A digit
+    whose centre lies within a more certain one is dropped.
 
     Returns:
-        the index of the picture [n], the (x, y, longer side) in pixels [n, 3], the index of the colour [n] and the
-        probability of being a digit [n].
+        the index of the picture [n], the (x, y, width, height) in pixels [n, 4], the index of the colour [n] and the
+        probability of being a digit [n], with the most certain digits first.
     """
     found = centre.sigmoid()  # [B, 16, 16]
     peaks = (found >= threshold) & (found == F.max_pool2d(found, 3, stride=1, padding=1))
     picture, row, column = peaks.nonzero(as_tuple=True)
+    order = found[peaks].argsort(descending=True)
+    picture, row, column = picture[order], row[order], column[order]
 
     def around(values):
         """Gather the neighbourhoods [n, C, 3, 3] of the peaks from values [B, C, 16, 16]."""
@@ -137,12 +140,17 @@ def locate(centre, size, colour, threshold: float = 0.4):
 
     vote = around(found.unsqueeze(1))  # [n, 1, 3, 3]
     vote = vote / vote.sum(dim=(2, 3), keepdim=True)
-    step = torch.arange(3.0) - 1
+    step = torch.tensor([-1.0, 0.0, 1.0])
     x = STRIDE * (column + 0.5 + (vote * step).sum(dim=(1, 2, 3)))
     y = STRIDE * (row + 0.5 + (vote * step[:, None]).sum(dim=(1, 2, 3)))
-    side = 32 * (around(size.unsqueeze(1)) * vote).sum(dim=(1, 2, 3)).exp()
-    best_colour = (around(colour) * vote).sum(dim=(2, 3)).argmax(dim=1)
-    return picture, torch.stack([x, y, side], dim=1), best_colour, found[picture, row, column]
+    size = 32 * (around(size) * vote).sum(dim=(2, 3)).exp()  # [n, 2]
+    colour = (around(colour) * vote).sum(dim=(2, 3)).argmax(dim=1)
+    place = torch.cat([x[:, None], y[:, None], size], dim=1)
+
+    distance = (place[:, None, :2] - place[None, :, :2]).abs()  # [n, n, 2]
+    within = (distance < size / 2).all(dim=2) & (picture[:, None] == picture)
+    keep = ~within.tril(diagonal=-1).any(dim=1)
+    return picture[keep], place[keep], colour[keep], found[picture, row, column][keep]
 
 
 def crop_ink(pictures, picture, place, colour, background):
@@ -151,7 +159,7 @@ def crop_ink(pictures, picture, place, colour, background):
     Args:
         pictures: float [B, 3, 64, 64] in [0, 1].
         picture: for each of n digits, the index of its picture [n].
-        place: its (x, y, longer side) in pixels [n, 3].
+        place: its (x, y, width, height) in pixels [n, 4].
         colour, background: the indices of its colour and its background [n].
 
     Returns:
@@ -162,7 +170,7 @@ def crop_ink(pictures, picture, place, colour, background):
     direction = direction / direction.square().sum(dim=1, keepdim=True)
     ink = torch.einsum("nchw,nc->nhw", pictures[picture] - ground[:, :, None, None], direction)
     square = torch.zeros(len(place), 2, 3)
-    square[:, 0, 0] = square[:, 1, 1] = (1.15 * place[:, 2] + 1) / CANVAS
+    square[:, 0, 0] = square[:, 1, 1] = (1.15 * place[:, 2:].amax(dim=1) + 1) / CANVAS
     square[:, :, 2] = 2 * place[:, :2] / CANVAS - 1
     grid = F.affine_grid(square, [len(place), 1, CROP, CROP], align_corners=False)
     return F.grid_sample(ink.clamp(0, 1).unsqueeze(1), grid, align_corners=False)

@@ -1,0 +1,299 @@
+"""The trainer: its objectives, its data order, its checkpoints, its command line."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from localdit.data import digit_scenes
+from PIL import Image
+from safetensors.torch import load_file
+
+from config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TextEncoderConfig,
+    TrainConfig,
+)
+from train.__main__ import parse
+from train.components import build_tokenizer
+from train.data import DigitScenes, ImageFolder, MicroStepSampler
+from train.objective import Objective, sampling_scheduler
+from train.trainer import Trainer
+
+RECIPES = sorted(Path("train/recipes").glob("*.yaml"))
+
+
+def tiny_config(folder: Path, **changes) -> TrainConfig:
+    config = TrainConfig(
+        output_dir=str(folder),
+        model=ModelConfig(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=3,
+            num_layers=2,
+            sample_size=64,
+            patch_size=16,
+            caption_channels=16,
+            use_additional_conditions=False,
+            mixer_options={"window": {"window_size": 3, "global_context": 2}},
+        ),
+        text_encoder=TextEncoderConfig(d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16, max_sequence_length=16),
+        data=DataConfig(num_workers=0),
+        objective=ObjectiveConfig(prediction_type="sample"),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=2, ema_decay=0.9),
+        sample=SampleConfig(prompt=["a red seven on a black background"], num_inference_steps=2, num_images=2),
+        batch_size=4,
+        max_steps=6,
+        log_every=2,
+        sample_every=4,
+        checkpoint_every=3,
+        report_to=(),
+    )
+    return replace(config, **changes)
+
+
+@pytest.fixture
+def picture_folder(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    for index, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.full((70 + number, 90, 3), 100 * index + 20 * number, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+            (folder / name / f"{number}.txt").write_text(f"A {name}, number {number}.")
+    return folder
+
+
+def draw(prediction_type: str, process: str):
+    clean = torch.randn(5, 3, 4, 4)
+    config = ObjectiveConfig(process=process, prediction_type=prediction_type)
+    return clean, Objective(config)(clean, torch.Generator().manual_seed(1))
+
+
+def test_flow_velocity_leads_from_the_input_to_the_clean_picture():
+    clean, noised = draw("flow_prediction", "flow")
+    sigma = (noised.timestep / 1000)[:, None, None, None]
+    torch.testing.assert_close(noised.inputs - sigma * noised.target, clean)
+    assert torch.equal(noised.weight, torch.ones(5))
+
+
+def test_flow_sample_loss_equals_the_velocity_loss_of_the_same_prediction():
+    clean, noised = draw("sample", "flow")
+    sigma = (noised.timestep / 1000)[:, None, None, None]
+    noise = (noised.inputs - (1 - sigma) * clean) / sigma
+    guess = clean + 0.1 * torch.randn_like(clean)
+    velocity_error = (noised.inputs - guess) / sigma - (noise - clean)
+    expected = velocity_error.square().mean()
+    torch.testing.assert_close(noised.loss(guess), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_diffusion_targets_recover_the_clean_picture(prediction_type):
+    clean, noised = draw(prediction_type, "diffusion")
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    alpha_bar = torch.cumprod(1 - betas, 0)[noised.timestep.long()][:, None, None, None]
+    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    recovered = {
+        "epsilon": lambda: (noised.inputs - s * noised.target) / a,
+        "v_prediction": lambda: a * noised.inputs - s * noised.target,
+        "sample": lambda: noised.target,
+    }[prediction_type]()
+    torch.testing.assert_close(recovered, clean, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction_type"),
+    [("flow", "flow_prediction"), ("flow", "sample"), ("diffusion", "epsilon"), ("diffusion", "v_prediction")],
+)
+def test_the_sampler_returns_the_picture_of_a_perfect_network(process, prediction_type):
+    """A network that always knows the clean picture must lead the sampler to exactly that picture."""
+    config = ObjectiveConfig(process=process, prediction_type=prediction_type)
+    scheduler = sampling_scheduler(config)
+    scheduler.set_timesteps(20)
+    clean, state = torch.rand(1, 3, 4, 4) * 2 - 1, torch.randn(1, 3, 4, 4)
+    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    for timestep in scheduler.timesteps:
+        if process == "flow":
+            # the sigma that the scheduler is at; its timesteps may be rounded to whole numbers
+            sigma = scheduler.sigmas[scheduler.step_index or 0]
+            prediction = clean if prediction_type == "sample" else (state - clean) / sigma
+        else:
+            a, s = alpha_bar[int(timestep)].sqrt(), (1 - alpha_bar[int(timestep)]).sqrt()
+            noise = (state - a * clean) / s
+            prediction = noise if prediction_type == "epsilon" else a * noise - s * clean
+        state = scheduler.step(prediction, timestep, state).prev_sample
+    torch.testing.assert_close(state, clean, rtol=1e-3, atol=2e-2)
+
+
+def test_unsuitable_prediction_type_names_the_suitable_ones():
+    with pytest.raises(ValueError, match="epsilon.*flow.*flow_prediction"):
+        Objective(ObjectiveConfig(process="flow", prediction_type="epsilon"))
+
+
+def test_every_position_is_seen_once_over_steps_ranks_and_micro_steps(tmp_path):
+    config = tiny_config(tmp_path, gradient_accumulation_steps=2, max_steps=5)
+    seen = [position for rank in range(3) for batch in MicroStepSampler(config, 0, rank, 3) for position in batch]
+    assert sorted(seen) == list(range(5 * 2 * 3 * 4))
+
+
+def test_resuming_continues_the_order_where_it_was(tmp_path):
+    config = tiny_config(tmp_path)
+    whole = list(MicroStepSampler(config, 0, rank=1, world_size=2))
+    assert list(MicroStepSampler(config, 4, rank=1, world_size=2)) == whole[4:]
+
+
+def test_digit_scenes_depend_on_seed_and_position_only():
+    first, again = (DigitScenes(DataConfig(), seed=3)[7] for _ in range(2))
+    other = DigitScenes(DataConfig(), seed=4)[7]
+    assert torch.equal(first["image"], again["image"]) and first["caption"] == again["caption"]
+    assert not torch.equal(first["image"], other["image"])
+    assert first["image"].min() >= -1 and first["image"].max() <= 1
+
+
+def test_the_tokenizer_knows_every_word_of_every_caption():
+    tokenizer = build_tokenizer(DigitScenes(DataConfig(), 0).words(), 16)
+    rng = np.random.default_rng(0)
+    captions = [digit_scenes.sample_scene(rng).caption for _ in range(300)]
+    ids = tokenizer(captions).input_ids
+    assert tokenizer.unk_token_id not in {token for row in ids for token in row}
+    assert max(map(len, ids)) <= 16
+    assert tokenizer("A RED seven!").input_ids == tokenizer("a red seven").input_ids
+    assert tokenizer.decode(tokenizer("a red seven").input_ids, skip_special_tokens=True) == "a red seven"
+
+
+def test_image_folder_shows_every_picture_once_an_epoch_in_another_order(picture_folder):
+    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, labels=False)
+    epochs = [[data[epoch * 6 + index]["caption"] for index in range(6)] for epoch in range(4)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 6 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert data[0]["image"].shape == (3, 32, 32)
+
+
+def test_image_folder_of_classes_labels_by_folder(picture_folder):
+    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, labels=True)
+    assert data.classes == ["cat", "dog"]
+    assert sorted(data[index]["label"] for index in range(6)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_training_lowers_the_loss_and_leaves_a_pipeline(tmp_path):
+    config = tiny_config(tmp_path, max_steps=40, batch_size=8, checkpoint_every=40, sample_every=40, log_every=5)
+    Trainer(config).train()
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+    assert Image.open(tmp_path / "samples" / "00000040.png").size == (2 * 64, 64)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline("a red seven on a black background").images[0].size == (64, 64)
+    assert pipeline.config.call_defaults == {"num_inference_steps": 2, "max_sequence_length": 16}
+
+
+def test_the_saved_pipeline_holds_the_averaged_weights(tmp_path):
+    trainer = Trainer(tiny_config(tmp_path))
+    trainer.train()
+    saved = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    names = [name for name, _ in trainer.denoiser.named_parameters()]
+    averaged = dict(zip(names, trainer.ema.shadow_params, strict=True))
+    for name, tensor in saved.items():
+        assert torch.equal(tensor, averaged[f"transformer.{name}"])
+    live = trainer.denoiser.transformer.proj_out.weight
+    assert not torch.equal(saved["proj_out.weight"], live)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_interrupted_run_ends_in_the_same_weights_to_the_bit(tmp_path, num_workers):
+    data = DataConfig(num_workers=num_workers)
+    config = tiny_config(tmp_path / "whole", data=data, gradient_accumulation_steps=2, sample_every=100)
+    whole = Trainer(config)
+    whole.train()
+    # "killed" after step 3: the newest checkpoint is the one of step 3
+    Trainer(replace(config, output_dir=str(tmp_path / "parts"), max_steps=3)).train()
+    resumed = Trainer(replace(config, output_dir=str(tmp_path / "parts"), resume="latest"))
+    assert resumed.first_step == 3
+    resumed.train()
+    for mine, theirs in zip(resumed.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(resumed.ema.shadow_params, whole.ema.shadow_params, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=2)).train()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"resume": "latest"}, "holds no checkpoint"),
+        ({"resume": "nowhere"}, "'nowhere' is not a whole checkpoint"),
+        ({"data": DataConfig(name="imagefolder")}, "data.path=None is not a folder"),
+        ({"data": DataConfig(resolution=32)}, "data.resolution=32"),
+        ({"text_encoder": TextEncoderConfig(d_model=32)}, "text_encoder.d_model=32"),
+        ({"model": ModelConfig(in_channels=4)}, "model.in_channels=4"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_steps": 0}, "max_steps=0"),
+        ({"mixed_precision": "fp16"}, "fp16"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_in_one_sentence(tmp_path, changes, phrase):
+    with pytest.raises(ValueError, match=phrase) as caught:
+        Trainer(tiny_config(tmp_path, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_without_caption_and_an_unreadable_one_are_named(picture_folder):
+    config = DataConfig(name="imagefolder", path=str(picture_folder), resolution=32)
+    (picture_folder / "cat" / "0.png").write_bytes(b"no picture")
+    data = ImageFolder(config, 0, labels=False)
+    with pytest.raises(ValueError, match=r"cat.0\.png cannot be read"):
+        [data[index] for index in range(6)]
+    (picture_folder / "dog" / "1.txt").unlink()
+    with pytest.raises(ValueError, match=r"dog.1\.png .* no caption"):
+        ImageFolder(config, 0, labels=False)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_valid_config(recipe):
+    config = parse(["--config", str(recipe), "--optimizer.learning_rate", "0.5", "--max_steps", "7"])
+    assert isinstance(config, TrainConfig)
+    assert config.optimizer.learning_rate == 0.5 and config.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--no_such_key", "1"], ["--max_steps", "many"], ["--objective.process", "magic"], ["--config", "nowhere.yaml"]],
+)
+def test_a_wrong_command_line_ends_with_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", "train/recipes/digit_scenes.yaml", *arguments])
+    assert caught.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_two_processes_train_together(tmp_path):
+    """Launched as a user would on a machine of two processes; gloo on the CPU."""
+    recipe = ["--config", "train/recipes/digit_scenes.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
+    small = ["--batch_size", "2", "--model.num_layers", "1", "--compile", "false", "--data.num_workers", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "train"]
+    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*launch, *recipe, *small, "--log_every", "1"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
