@@ -71,6 +71,39 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AutoencoderConfig:
+    """Training of a small AutoencoderKL, for models that work on latents.
+
+    Args:
+        output_dir: folder of the trained autoencoder.
+        data: pictures; captions are not read.
+        block_out_channels: channels of each level; every level after the first halves the size.
+        layers_per_block: residual layers of a level.
+        latent_channels: channels of the latents.
+        pixel_std: how far a decoded pixel, in [-1, 1], may miss: the standard deviation of the decoder's normal, which
+            sets how much the latents are regularised.
+        batch_size: pictures per process and step.
+        max_steps: optimizer steps in all.
+        learning_rate: AdamW's peak; warm-up over 100 steps, then a cosine to zero.
+        mixed_precision, seed, log_every, save_dtype: as in `TrainConfig`.
+    """
+
+    output_dir: str
+    data: DataConfig = DataConfig()
+    block_out_channels: tuple[int, ...] = (32, 64, 64)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    pixel_std: float = 0.05
+    batch_size: int = 16
+    max_steps: int = 10_000
+    learning_rate: float = 1e-3
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = 0
+    log_every: int = 50
+    save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """What is predicted from what.
 
@@ -148,6 +181,7 @@ class TrainConfig:
 
     Args:
         output_dir: folder of checkpoints, logs, samples and the trained pipeline.
+        vae: folder or Hub id of a trained AutoencoderKL, for a model that works on its latents; None for pixels.
         model, text_encoder, data, objective, optimizer: see their classes; text_encoder is for models with captions.
         sample: the pictures drawn every `sample_every` steps; its steps and guidance become the pipeline's defaults.
         batch_size: pictures per process and micro-step.
@@ -165,6 +199,7 @@ class TrainConfig:
     """
 
     output_dir: str
+    vae: str | None = None
     model: ModelConfig = ModelConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     data: DataConfig = DataConfig()

@@ -1,20 +1,18 @@
 """Image to image from the command line: python infer_i2i.py --image in.png --prompt "..." --strength 0.6."""
 
-import argparse
-
-from config import SampleConfig
-from infer_t2i import add_sample_arguments, call_arguments, sample_config, write
+from infer_t2i import add_sample_arguments, call_arguments, check_arguments, sample_config, write
 from localdit import LocalDiTImg2ImgPipeline
-from localdit.command_line import load_pipeline, read_image, run
+from localdit.command_line import Parser, load_pipeline, read_image, run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Change a picture by text.")
+    parser = Parser(description="Change a picture by text.")
     parser.add_argument("--image", required=True, help="the picture to start from")
     parser.add_argument("--strength", type=float, help="0 returns the picture, 1 ignores it; by default the model's")
     add_sample_arguments(parser, output="output/i2i.png")
     arguments = parser.parse_args()
-    sample: SampleConfig = sample_config(arguments)
+    check_arguments(arguments)
+    sample = sample_config(arguments)
     image = read_image(arguments.image)
     pipeline = load_pipeline(LocalDiTImg2ImgPipeline, arguments.model, arguments.device, arguments.dtype)
     images = pipeline(**call_arguments(sample), image=image, strength=sample.strength).images

@@ -8,7 +8,17 @@ import torch
 
 from config import SampleConfig
 from localdit import LocalDiTPipeline
-from localdit.command_line import DTYPES, best_device, image_grid, load_pipeline, run, save_images
+from localdit.command_line import (
+    DTYPES,
+    Parser,
+    best_device,
+    check_device,
+    check_output,
+    image_grid,
+    load_pipeline,
+    run,
+    save_images,
+)
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser, output: str) -> None:
@@ -29,12 +39,20 @@ def add_sample_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
 
 
-def sample_config(arguments: argparse.Namespace) -> SampleConfig:
-    """The sampling settings of a command line, with a seed drawn where none was given."""
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raise a ValueError for what can be seen to be wrong before the model is loaded."""
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("--prompt holds an empty text; say what to draw.")
     if arguments.num_images < 1:
         raise ValueError(f"--num_images={arguments.num_images} must be at least 1.")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed={arguments.seed} is outside [0, 2**32); choose a seed in it.")
+    check_device(arguments.device, arguments.dtype)
+    check_output(arguments.output)
+
+
+def sample_config(arguments: argparse.Namespace) -> SampleConfig:
+    """The sampling settings of a command line, with a seed drawn where none was given."""
     return SampleConfig(
         prompt=arguments.prompt,
         negative_prompt=arguments.negative_prompt,
@@ -66,6 +84,8 @@ def call_arguments(sample: SampleConfig) -> dict:
 def write(images: list, sample: SampleConfig, arguments: argparse.Namespace, before: list | None = None) -> None:
     """Save the pictures with their settings, print where they are and by which seeds."""
     common = {**asdict(sample), "model": arguments.model or "digit-scenes", "dtype": arguments.dtype}
+    if "image" in arguments:
+        common["image"] = arguments.image
     if arguments.grid:
         rows = [images[start : start + sample.num_images] for start in range(0, len(images), sample.num_images)]
         images = [image_grid([[*(before or []), *row] for row in rows])]
@@ -76,16 +96,16 @@ def write(images: list, sample: SampleConfig, arguments: argparse.Namespace, bef
             {**common, "prompt": prompt, "seed": sample.seed + index, "num_images": 1}
             for index, prompt in enumerate(prompts)
         ]
-    for path, setting in zip(
-        save_images(images, settings, arguments.output, arguments.overwrite), settings, strict=True
-    ):
+    paths = save_images(images, settings, arguments.output, arguments.overwrite)
+    for path, setting in zip(paths, settings, strict=True):
         print(f"{path} (seed {setting['seed']})")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Generate pictures from text.")
+    parser = Parser(description="Generate pictures from text.")
     add_sample_arguments(parser, output="output/t2i.png")
     arguments = parser.parse_args()
+    check_arguments(arguments)
     sample = sample_config(arguments)
     pipeline = load_pipeline(LocalDiTPipeline, arguments.model, arguments.device, arguments.dtype)
     write(pipeline(**call_arguments(sample)).images, sample, arguments)

@@ -5,11 +5,11 @@ and the caches know them.
 """
 
 import importlib
+import logging
 import sys
 
 import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.pipelines import auto_pipeline
 
 from localdit.models.transformer_localdit import LocalDiTBlock, LocalDiTTransformer2DModel
 from localdit.version import VERSION
@@ -17,6 +17,10 @@ from localdit.version import VERSION
 __version__ = VERSION
 
 __all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTPipeline", "LocalDiTTransformer2DModel"]
+
+
+# diffusers' other pipelines, imported below, make transformers warn of a missing torchvision, which nothing here uses
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in str(record.msg))
 
 
 def _pipeline(module: str, name: str) -> type:
@@ -34,6 +38,8 @@ LocalDiTImg2ImgPipeline = _pipeline("pipeline_localdit_img2img", "LocalDiTImg2Im
 
 
 def _register_with_diffusers() -> None:
+    from diffusers.pipelines import auto_pipeline  # not before the filter above, since it imports every pipeline
+
     # What each line is for was measured against diffusers 0.42; tests/test_registration.py holds diffusers to it.
     LocalDiTTransformer2DModel.__module__ = "localdit"  # save_pretrained writes ["localdit", ...]
     diffusers.pipelines.localdit = sys.modules["localdit"]  # where loading looks a component's library up
@@ -42,10 +48,11 @@ def _register_with_diffusers() -> None:
     for cls in (LocalDiTPipeline, LocalDiTImg2ImgPipeline):
         # from_pipe accepts a component only where its exact class is annotated, and pipelines never import localdit
         cls.__init__.__annotations__["transformer"] = LocalDiTTransformer2DModel
-    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["localdit"] = LocalDiTPipeline
-    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["localdit"] = LocalDiTImg2ImgPipeline
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.update(localdit=LocalDiTPipeline)
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.update(localdit=LocalDiTImg2ImgPipeline)
     TransformerBlockRegistry.register(
-        LocalDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+        LocalDiTBlock,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),  # pyright: ignore[reportArgumentType]
     )
 
 

@@ -1,27 +1,54 @@
-"""What the inference command lines share: loading a pipeline, reading and writing pictures."""
+"""What the inference command lines share: their arguments, loading a pipeline, reading and writing pictures."""
 
+import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from transformers.utils import logging as transformers_logging
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "digit-scenes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors `run` prints, in one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see --help.")
+
+
+def available_devices() -> list[str]:
+    """The names of the devices that can be computed on: "cpu", and with an accelerator as "cuda:0", "cuda"."""
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    name = torch.accelerator.current_accelerator().type
+    return ["cpu", *(f"{name}:{index}" for index in range(torch.accelerator.device_count())), name]
 
 
 def best_device() -> str:
-    """CUDA, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """An accelerator (CUDA, MPS, ...) where there is one, else the CPU."""
+    return available_devices()[-1]
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Raise a ValueError unless this machine has the device, and the device computes in that precision."""
+    devices = available_devices()
+    if device not in devices:
+        raise ValueError(f"--device {device!r} is not available here; choose {' or '.join(devices)}.")
+    if device == "cpu" and dtype == "float16":
+        raise ValueError("--dtype 'float16' is for accelerators; on the CPU choose float32 or bfloat16.")
 
 
 def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | None, device: str, dtype: str):
@@ -31,15 +58,26 @@ def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | None, de
         ValueError: where there is no such model, or its folder is damaged; the message says which and what to do.
     """
     source = model if model is not None else str(PRETRAINED)
+    if not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+    local = os.path.isdir(source)
+    if not local:
+        diffusers_logging.set_verbosity_error()  # else it tells at length of a Hub that does not answer
     try:
         pipeline = pipeline_class.from_pretrained(source, dtype=DTYPES[dtype])
     except Exception as error:  # loading fails in many ways, and each is one sentence to the user
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"--model {source!r} cannot be loaded ({reason[0] if reason else type(error).__name__}); "
-            "give a complete pipeline folder or a Hub id, or leave --model out for the shipped pipeline."
-        ) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and not local:
+            reason = "it is no folder here, and the Hugging Face Hub has no such model or cannot be reached."
+        raise ValueError(f"--model {source!r} cannot be loaded: {shortened(reason)}") from error
+    pipeline.set_progress_bar_config(disable=None)  # None shows the bar on a terminal and nowhere else
     return pipeline.to(device)
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """The text, cut where it is longer than `length`."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def read_image(path: str) -> Image.Image:
@@ -49,16 +87,29 @@ def read_image(path: str) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"--image {path!r} does not exist; give the path of a picture.") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"--image {path!r} cannot be read as a picture ({error}); give a PNG, JPEG or WebP."
         ) from error
 
 
+def check_output(output: Path) -> None:
+    """Raise a ValueError unless pictures can be written to `output`; its folder is made."""
+    if output.suffix.lower() != ".png":
+        raise ValueError(
+            f"--output {str(output)!r} does not end in .png, the format that keeps the seed with the picture; "
+            f"choose {str(output.with_suffix('.png'))!r}."
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {str(output)!r} has no folder to go to ({error}); choose another.") from error
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--output {str(output)!r} is in a folder that cannot be written to; choose another.")
+
+
 def output_paths(output: Path, count: int, overwrite: bool) -> list[Path]:
     """`count` paths made from `output`; without `overwrite` each is a new file, numbered on from those that exist."""
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output {str(output)!r} must end in .png, the format that keeps the seed with the picture.")
     numbered = (output.with_stem(f"{output.stem}-{number}") for number in itertools.count(1))
     names = itertools.chain([output] if count == 1 else [], numbered)
     return list(itertools.islice((path for path in names if overwrite or not path.exists()), count))
@@ -66,12 +117,15 @@ def output_paths(output: Path, count: int, overwrite: bool) -> list[Path]:
 
 def save_images(images: list[Image.Image], settings: list[dict[str, Any]], output: Path, overwrite: bool) -> list[Path]:
     """Write each picture as PNG with its settings as JSON in the text chunk "parameters"; return where."""
-    output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(output)
     paths = output_paths(output, len(images), overwrite)
     for image, setting, path in zip(images, settings, paths, strict=True):
         information = PngInfo()
         information.add_text("parameters", json.dumps(setting))
-        image.save(path, pnginfo=information)
+        try:
+            image.save(path, pnginfo=information)
+        except OSError as error:
+            raise ValueError(f"{str(path)!r} cannot be written ({error}); choose another --output.") from error
     return paths
 
 
@@ -85,5 +139,13 @@ def run(program: str, main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, TypeError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        print(f"{program}: out of memory; choose a smaller --height, --width or --num_images.", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None

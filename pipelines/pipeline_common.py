@@ -1,10 +1,9 @@
-"""What the LocalDiT pipelines share: prompt encoding, input checks, the denoising loop, decoding."""
+"""What the LocalDiT pipelines share: prompt encoding, the denoising loop, decoding."""
 
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -39,6 +38,22 @@ def checked_call_defaults(call_defaults: dict[str, Any] | None) -> dict[str, Any
     return call_defaults
 
 
+def check_widths(transformer, text_encoder, vae) -> None:
+    """Raise a ValueError where the components were made for other models."""
+    if transformer is None:
+        return
+    if text_encoder is not None and text_encoder.config.hidden_size != transformer.config.caption_channels:
+        raise ValueError(
+            f"The text encoder's states are {text_encoder.config.hidden_size} wide, but the transformer was made for "
+            f"caption_channels={transformer.config.caption_channels}; use the text encoder it was trained with."
+        )
+    if vae is not None and vae.config.latent_channels != transformer.config.in_channels:
+        raise ValueError(
+            f"The VAE's latents have {vae.config.latent_channels} channels, but the transformer was made for "
+            f"in_channels={transformer.config.in_channels}; use the VAE it was trained with."
+        )
+
+
 class LocalDiTPipelineMixin:
     """The parts of a call that all LocalDiT pipelines have in common; the pipeline class brings the components."""
 
@@ -46,8 +61,10 @@ class LocalDiTPipelineMixin:
         """Derive from the registered components what every call needs, and register the call defaults."""
         self.register_to_config(call_defaults=checked_call_defaults(call_defaults))
         vae = getattr(self, "vae", None)
+        check_widths(self.transformer, getattr(self, "text_encoder", None), vae)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        # it would pass tensors of so many channels on as latents; those never get to it
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=0)
 
     @property
     def guidance_scale(self) -> float:
@@ -82,96 +99,8 @@ class LocalDiTPipelineMixin:
     def default_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, by default the size the transformer was made for."""
         side = self.transformer.config.sample_size * self.vae_scale_factor
-        return self.call_default("height", height) or side, self.call_default("width", width) or side
-
-    def check_size(self, height: int, width: int) -> None:
-        """Raise a ValueError unless both sides, in pixels, are whole numbers of tokens."""
-        token = self.vae_scale_factor * self.transformer.config.patch_size  # pixels along one side of a token
-        for name, side in (("height", height), ("width", width)):
-            if not isinstance(side, int | np.integer):
-                raise TypeError(f"{name}={side!r} is not a whole number of pixels; give an int.")
-            if side < token or side % token:
-                below = max(side // token, 1) * token
-                raise ValueError(
-                    f"{name}={side} is not a positive multiple of {token} pixels (one token); "
-                    f"the nearest that are: {below} and {below + token}."
-                )
-
-    def check_prompts(
-        self,
-        prompt,
-        negative_prompt,
-        prompt_embeds,
-        prompt_attention_mask,
-        negative_prompt_embeds,
-        negative_prompt_attention_mask,
-    ) -> None:
-        """Raise unless there is exactly one of prompt and prompt_embeds, each of the right type and shape."""
-        if (prompt is None) == (prompt_embeds is None):
-            given = "neither was" if prompt is None else "both were"
-            raise ValueError(f"Give either prompt or prompt_embeds; {given} given.")
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if isinstance(text, list) and not text:
-                raise ValueError(f"{name} is an empty list; give at least one text.")
-            if isinstance(text, list) and not all(isinstance(item, str) for item in text):
-                wrong = next(item for item in text if not isinstance(item, str))
-                raise TypeError(f"{name} holds {wrong!r} of type {type(wrong).__name__}; every entry must be a str.")
-            if text is not None and not isinstance(text, str | list):
-                raise TypeError(f"{name} has type {type(text).__name__}; give a str or a list of str.")
-        if isinstance(negative_prompt, list):
-            wanted = len(prompt) if isinstance(prompt, list) else 1 if prompt is not None else len(prompt_embeds)
-            if len(negative_prompt) not in (1, wanted):
-                raise ValueError(
-                    f"negative_prompt has {len(negative_prompt)} texts for {wanted} prompts; give one, or one for each."
-                )
-        if negative_prompt is not None and negative_prompt_embeds is not None:
-            raise ValueError("Give either negative_prompt or negative_prompt_embeds; both were given.")
-        masks = {"prompt_embeds": prompt_attention_mask, "negative_prompt_embeds": negative_prompt_attention_mask}
-        width = self.transformer.config.caption_channels
-        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            if embeds is None:
-                continue
-            if masks[name] is None:
-                raise ValueError(f"{name} was given without its attention mask; encode_prompt returns both.")
-            if embeds.ndim != 3 or embeds.shape[-1] != width:
-                raise ValueError(
-                    f"{name} has shape {list(embeds.shape)}; this model wants [batch, tokens, {width}] "
-                    "from the text encoder it was trained with."
-                )
-        if prompt_embeds is not None and negative_prompt_embeds is not None:
-            if prompt_embeds.shape != negative_prompt_embeds.shape:
-                raise ValueError(
-                    f"prompt_embeds {list(prompt_embeds.shape)} and negative_prompt_embeds "
-                    f"{list(negative_prompt_embeds.shape)} differ in shape; encode both to the same length."
-                )
-        if self.text_encoder is None and prompt is not None:
-            raise ValueError("This pipeline has no text_encoder; give prompt_embeds and prompt_attention_mask instead.")
-
-    def check_sampling(
-        self,
-        num_inference_steps: int,
-        guidance_scale: float,
-        num_images_per_prompt: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Raise for a step count, guidance, image count, output type or callback input out of range."""
-        for name, count in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_prompt", num_images_per_prompt),
-        ):
-            if not isinstance(count, int | np.integer) or count < 1:
-                raise ValueError(f"{name}={count!r} must be a whole number of at least 1.")
-        if not isinstance(guidance_scale, int | float):
-            raise TypeError(f"guidance_scale={guidance_scale!r} must be a number; 1 turns guidance off.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} is not known; choose 'pil', 'np', 'pt' or 'latent'.")
-        unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has unknown name(s) {unknown}; "
-                f"choose among {self._callback_tensor_inputs}."
-            )
+        height, width = self.call_default("height", height), self.call_default("width", width)
+        return side if height is None else height, side if width is None else width
 
     def encode_prompt(
         self,
@@ -208,7 +137,8 @@ class LocalDiTPipelineMixin:
             prompt = [prompt] if isinstance(prompt, str) else prompt
             prompt_embeds, prompt_attention_mask = self._encode_texts(prompt, max_sequence_length, device)
         batch_size, tokens = prompt_embeds.shape[:2]
-        prompt_embeds = _repeat_rows(prompt_embeds, num_images_per_prompt, device, self.transformer.dtype)
+        dtype = self.transformer.dtype if self.transformer is not None else prompt_embeds.dtype
+        prompt_embeds = _repeat_rows(prompt_embeds, num_images_per_prompt, device, dtype)
         prompt_attention_mask = _repeat_rows(prompt_attention_mask, num_images_per_prompt, device)
 
         if do_classifier_free_guidance:
@@ -216,9 +146,7 @@ class LocalDiTPipelineMixin:
                 texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
                 texts = texts * batch_size if len(texts) == 1 else texts
                 negative_prompt_embeds, negative_prompt_attention_mask = self._encode_texts(texts, tokens, device)
-            negative_prompt_embeds = _repeat_rows(
-                negative_prompt_embeds, num_images_per_prompt, device, self.transformer.dtype
-            )
+            negative_prompt_embeds = _repeat_rows(negative_prompt_embeds, num_images_per_prompt, device, dtype)
             negative_prompt_attention_mask = _repeat_rows(negative_prompt_attention_mask, num_images_per_prompt, device)
         else:
             negative_prompt_embeds = None
@@ -263,20 +191,9 @@ class LocalDiTPipelineMixin:
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
         )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator is a list of {len(generator)} for {batch_size} pictures; give one for each.")
         if isinstance(generator, torch.Generator):
             generator = [generator] * batch_size
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-
-    def check_latents(self, latents: torch.Tensor, batch_size: int, height: int, width: int) -> None:
-        """Raise a ValueError unless the latents have the shape that the size asks for and hold finite numbers."""
-        channels = self.transformer.config.in_channels
-        shape = [batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor]
-        if list(latents.shape) != shape:
-            raise ValueError(f"latents has shape {list(latents.shape)}; these prompts and this size want {shape}.")
-        if not torch.isfinite(latents).all():
-            raise ValueError("latents holds NaN or infinite numbers; give finite ones, drawn from a standard normal.")
 
     def set_timesteps(
         self,
@@ -291,7 +208,8 @@ class LocalDiTPipelineMixin:
         shift = {}
         if self.scheduler.config.get("use_dynamic_shifting", False):
             tokens = height * width // (self.vae_scale_factor * self.transformer.config.patch_size) ** 2
-            shift["mu"] = calculate_shift(tokens)
+            curve = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+            shift["mu"] = calculate_shift(tokens, *(self.scheduler.config.get(*item) for item in curve.items()))
         return retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas, **shift)
 
     def size_conditions(self, batch_size: int, height: int, width: int) -> dict[str, torch.Tensor] | None:

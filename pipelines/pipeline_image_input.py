@@ -1,12 +1,65 @@
 """What the LocalDiT pipelines that start from a picture share: checking, encoding and noising it."""
 
+import reprlib
+from numbers import Real
+
 import numpy as np
 import torch
-from diffusers.image_processor import is_valid_image_imagelist
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img import retrieve_latents
 from PIL import Image
 
 # B pictures in the batch, C channels of the latents, H and W their size
+
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
+
+
+def single_pictures(image) -> list:
+    """The pictures of a list, a batch or a single picture."""
+    if isinstance(image, list):
+        return image
+    return list(image) if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4 else [image]
+
+
+def check_picture(picture, channels: int, latents: bool) -> None:
+    """Raise unless picture is readable and has pixels, `channels` channels and values in the documented range."""
+    if isinstance(picture, Image.Image):
+        if 0 in picture.size:
+            raise ValueError(f"image is {picture.width} x {picture.height} pixels; give a picture of at least 1 x 1.")
+        if channels not in PIL_MODES:
+            raise ValueError(f"image is a PIL image, but this pipeline wants {channels} channels; give a tensor.")
+        try:
+            picture.load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"image cannot be read ({error}); give a complete picture.") from error
+        return
+    if not isinstance(picture, np.ndarray | torch.Tensor):
+        raise TypeError(
+            f"image is or holds {reprlib.repr(picture)} of type {type(picture).__name__}; give a PIL image "
+            "(diffusers.utils.load_image reads a path), a numpy array, a tensor or a list of them."
+        )
+    shape, axis = tuple(picture.shape), 0 if isinstance(picture, torch.Tensor) else -1
+    if len(shape) != 3 or shape[axis] != channels or 0 in shape:
+        layout = f"[height, width, {channels}]" if axis else f"[{channels}, height, width]"
+        raise ValueError(f"image has a picture of shape {list(shape)}; give {layout} with at least one pixel.")
+    values = torch.as_tensor(np.array(picture)) if isinstance(picture, np.ndarray) else picture
+    if not values.isfinite().all():
+        raise ValueError("image holds NaN or infinite numbers; give finite ones.")
+    if latents or values.dtype == torch.uint8:
+        return
+    if not values.is_floating_point() or values.abs().max() > 1.1:  # a resized picture may be a little over 1
+        raise ValueError(
+            f"image has {values.dtype} values from {values.min():g} to {values.max():g}; "
+            "give floats in [0, 1] or bytes (uint8)."
+        )
+
+
+def as_unit_range(picture, signed: bool):
+    """A picture with values in [0, 1]: bytes are divided by 255, and `signed` values come from [-1, 1]."""
+    if isinstance(picture, Image.Image):
+        return picture
+    if str(picture.dtype).endswith("uint8"):
+        return picture / 255
+    return (picture + 1) / 2 if signed else picture
 
 
 class LocalDiTImageInputMixin:
@@ -14,38 +67,37 @@ class LocalDiTImageInputMixin:
 
     def check_strength(self, strength: float) -> None:
         """Raise unless strength is a number in [0, 1]."""
-        if not isinstance(strength, int | float) or not 0 <= strength <= 1:
-            raise ValueError(f"strength={strength!r} is outside [0, 1]; 0 returns the picture, 1 ignores it.")
+        if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
+            raise ValueError(f"strength={strength!r} is not a number in [0, 1]; 0 returns the picture, 1 ignores it.")
 
-    def check_image(self, image, prompts: int) -> None:
-        """Raise unless image is of a type the image processor reads, not empty, and one or as many as prompts."""
-        if image is None:
+    def check_image(self, image, prompts: int, height: int, width: int) -> None:
+        """Raise unless image is one picture, or one for each prompt, that `encode_image` can read."""
+        if image is None or (isinstance(image, list) and not image):
             raise ValueError("image is missing; give a PIL image, a numpy array, a tensor or a list of them.")
-        if isinstance(image, list) and not image:
-            raise ValueError("image is an empty list; give at least one picture.")
-        if not is_valid_image_imagelist(image):
-            raise TypeError(
-                f"image has type {type(image).__name__}, which is not a picture; "
-                "give a PIL image, a numpy array, a tensor or a list of them."
-            )
-        for picture in image if isinstance(image, list) else [image]:
-            if isinstance(picture, Image.Image):
-                empty, unreal = 0 in picture.size, False
-            else:
-                empty = 0 in picture.shape
-                unreal = (
-                    not np.isfinite(picture).all() if isinstance(picture, np.ndarray) else not picture.isfinite().all()
-                )
-            if empty:
-                raise ValueError("image has no pixels; give a picture of at least 1 x 1.")
-            if unreal:
-                raise ValueError("image holds NaN or infinite numbers; give finite ones.")
-        batched = not isinstance(image, list | Image.Image) and image.ndim == 4
-        pictures = len(image) if isinstance(image, list) or batched else 1
-        if prompts % pictures:
+        pictures = single_pictures(image)
+        if len(pictures) not in (1, prompts):
             raise ValueError(
-                f"image holds {pictures} pictures for {prompts} prompts; give one, or one for each prompt."
+                f"image holds {len(pictures)} pictures for {prompts} prompts; give one, or one for each prompt."
             )
+        latents = self.is_latents(image)
+        for picture in pictures:
+            check_picture(picture, self.transformer.config.in_channels if latents else self.pixel_channels, latents)
+        wanted = [height // self.vae_scale_factor, width // self.vae_scale_factor]
+        if latents and list(image.shape[-2:]) != wanted:
+            raise ValueError(
+                f"image holds latents of {list(image.shape[-2:])}; {height} x {width} pixels want {wanted}."
+            )
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of a picture."""
+        return self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+
+    def is_latents(self, image) -> bool:
+        """Whether image is a tensor of latents, by its channels, rather than one of pixels."""
+        if self.vae is None or not isinstance(image, torch.Tensor) or image.ndim < 3:
+            return False
+        return image.shape[-3] == self.transformer.config.in_channels != self.pixel_channels
 
     def last_timesteps(
         self, timesteps: torch.Tensor, num_inference_steps: int, strength: float
@@ -55,42 +107,34 @@ class LocalDiTImageInputMixin:
         first = (num_inference_steps - steps) * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)
-        return timesteps[first:], steps
+        return timesteps[first:] if steps else timesteps[:0], steps
 
     def encode_image(
-        self,
-        image,
-        batch_size: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator | list[torch.Generator] | None,
+        self, image, batch_size: int, height: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """The clean latents of the picture(s), repeated to the batch, [B, C, H, W]."""
-        channels = self.transformer.config.in_channels
-        if self.vae is not None and isinstance(image, torch.Tensor) and image.shape[-3] == channels != 3:
+        """The clean latents of the picture(s), repeated to the batch, [B, C, H, W].
+
+        A VAE's latents are the mode of its posterior, so they depend on no generator and no batch.
+        """
+        if self.is_latents(image):
             latents = image.reshape(-1, *image.shape[-3:]).to(device=device, dtype=dtype)
         else:
-            pixels = self.image_processor.preprocess(image, height=height, width=width).to(device=device)
+            pictures = single_pictures(image)
+            signed = any(not isinstance(picture, Image.Image) and picture.min() < 0 for picture in pictures)
+            pictures = [as_unit_range(picture, signed) for picture in pictures]
+            pixels = torch.cat([self._preprocess(picture, height, width) for picture in pictures]).to(device)
             latents = pixels.to(dtype)
             if self.vae is not None:
-                latents = self._encode_pixels(pixels.to(self.vae.dtype), generator).to(dtype)
+                config = self.vae.config
+                latents = retrieve_latents(self.vae.encode(pixels.to(self.vae.dtype)), sample_mode="argmax")
+                latents = (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+                latents = latents.to(dtype)
         return latents.repeat_interleave(batch_size // len(latents), dim=0)
 
-    def _encode_pixels(
-        self, pixels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
-    ) -> torch.Tensor:
-        if isinstance(generator, list):
-            rows = [
-                retrieve_latents(self.vae.encode(pixels[index : index + 1]), generator=generator[index])
-                for index in range(len(pixels))
-            ]
-            latents = torch.cat(rows)
-        else:
-            latents = retrieve_latents(self.vae.encode(pixels), generator=generator)
-        config = self.vae.config
-        return (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
+    def _preprocess(self, picture, height: int, width: int) -> torch.Tensor:
+        if isinstance(picture, Image.Image):
+            picture = picture.convert(PIL_MODES[self.pixel_channels])
+        return self.image_processor.preprocess(picture, height=height, width=width)
 
     def add_noise(
         self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, strength: float

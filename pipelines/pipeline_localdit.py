@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
@@ -11,10 +12,14 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import T5EncoderModel, T5Tokenizer
 
+from .pipeline_checks import LocalDiTChecksMixin
 from .pipeline_common import LocalDiTPipelineMixin
+from .pipeline_loading import LocalDiTLoadingMixin
 
 
-class LocalDiTPipeline(LocalDiTPipelineMixin, SanaLoraLoaderMixin, DiffusionPipeline):
+class LocalDiTPipeline(
+    LocalDiTChecksMixin, LocalDiTPipelineMixin, LocalDiTLoadingMixin, SanaLoraLoaderMixin, DiffusionPipeline
+):
     """Generate pictures from text.
 
     Args:
@@ -91,7 +96,7 @@ class LocalDiTPipeline(LocalDiTPipelineMixin, SanaLoraLoaderMixin, DiffusionPipe
             guidance_scale: weight of classifier-free guidance (arXiv 2207.12598); 1 or less turns it off.
             num_images_per_prompt: pictures per prompt, at least 1.
             eta: noise of the DDIM sampler, in [0, 1]; other samplers ignore it.
-            generator: one for all pictures, or a list with one for each, which makes a picture independent of its batch.
+            generator: one for all pictures, or a list with one for each, so that no picture depends on its batch.
             latents: starting noise, [B, in_channels, H, W], instead of drawing it.
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask: from
                 `encode_prompt`, instead of texts.
@@ -100,7 +105,7 @@ class LocalDiTPipeline(LocalDiTPipelineMixin, SanaLoraLoaderMixin, DiffusionPipe
             return_dict: whether to return an `ImagePipelineOutput` or a tuple.
             attention_kwargs: passed to the transformer; "scale" weighs LoRA adapters.
             callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after each step; the dict it returns
-                replaces those tensors.
+                replaces those tensors. A diffusers `PipelineCallback` brings its own tensor names.
             callback_on_step_end_tensor_inputs: names of the tensors it receives, among `_callback_tensor_inputs`.
 
         Returns:
@@ -113,7 +118,23 @@ class LocalDiTPipeline(LocalDiTPipelineMixin, SanaLoraLoaderMixin, DiffusionPipe
         height, width = self.default_size(height, width)
         num_inference_steps = self.call_default("num_inference_steps", num_inference_steps)
         guidance_scale = self.call_default("guidance_scale", guidance_scale)
-        self.check_prompts(
+        max_sequence_length = self.call_default("max_sequence_length", max_sequence_length)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_size(height, width)
+        self.check_sampling(
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            max_sequence_length,
+            eta,
+            timesteps,
+            sigmas,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        prompts = self.check_prompts(
             prompt,
             negative_prompt,
             prompt_embeds,
@@ -121,14 +142,9 @@ class LocalDiTPipeline(LocalDiTPipelineMixin, SanaLoraLoaderMixin, DiffusionPipe
             negative_prompt_embeds,
             negative_prompt_attention_mask,
         )
-        self.check_size(height, width)
-        self.check_sampling(
-            num_inference_steps, guidance_scale, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
-        )
-        prompts = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
         batch_size = prompts * num_images_per_prompt
-        if latents is not None:
-            self.check_latents(latents, batch_size, height, width)
+        self.check_generator(generator, batch_size)
+        self.check_latents(latents, batch_size, height, width)
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.models import AutoencoderKL
@@ -12,11 +13,20 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from transformers import T5EncoderModel, T5Tokenizer
 
+from .pipeline_checks import LocalDiTChecksMixin
 from .pipeline_common import LocalDiTPipelineMixin
 from .pipeline_image_input import LocalDiTImageInputMixin
+from .pipeline_loading import LocalDiTLoadingMixin
 
 
-class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, SanaLoraLoaderMixin, DiffusionPipeline):
+class LocalDiTImg2ImgPipeline(
+    LocalDiTImageInputMixin,
+    LocalDiTChecksMixin,
+    LocalDiTPipelineMixin,
+    LocalDiTLoadingMixin,
+    SanaLoraLoaderMixin,
+    DiffusionPipeline,
+):
     """Change pictures by text.
 
     Args:
@@ -70,6 +80,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, Sa
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         prompt_attention_mask: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -83,7 +94,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, Sa
     ) -> ImagePipelineOutput | tuple:
         """Change pictures.
 
-        Where an argument is None the folder's `call_defaults` decide, so `pipe(prompt)` gives the model's best.
+        Where an argument is None the folder's `call_defaults` decide, so `pipe(prompt, image)` gives the model's best.
 
         Args:
             prompt: one text or a list.
@@ -98,7 +109,8 @@ class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, Sa
             guidance_scale: weight of classifier-free guidance (arXiv 2207.12598); 1 or less turns it off.
             num_images_per_prompt: pictures per prompt, at least 1.
             eta: noise of the DDIM sampler, in [0, 1]; other samplers ignore it.
-            generator: one for all pictures, or a list with one for each, which makes a picture independent of its batch.
+            generator: one for all pictures, or a list with one for each, so that no picture depends on its batch.
+            latents: the noise that is mixed into the picture, [B, in_channels, H, W], instead of drawing it.
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask: from
                 `encode_prompt`, instead of texts.
             max_sequence_length: tokens per text.
@@ -106,7 +118,7 @@ class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, Sa
             return_dict: whether to return an `ImagePipelineOutput` or a tuple.
             attention_kwargs: passed to the transformer; "scale" weighs LoRA adapters.
             callback_on_step_end: called as `f(pipeline, step, timestep, tensors)` after each step; the dict it returns
-                replaces those tensors.
+                replaces those tensors. A diffusers `PipelineCallback` brings its own tensor names.
             callback_on_step_end_tensor_inputs: names of the tensors it receives, among `_callback_tensor_inputs`.
 
         Returns:
@@ -119,8 +131,24 @@ class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, Sa
         height, width = self.default_size(height, width)
         num_inference_steps = self.call_default("num_inference_steps", num_inference_steps)
         guidance_scale = self.call_default("guidance_scale", guidance_scale)
+        max_sequence_length = self.call_default("max_sequence_length", max_sequence_length)
         strength = self.call_default("strength", strength)
-        self.check_prompts(
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self.check_size(height, width)
+        self.check_sampling(
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            max_sequence_length,
+            eta,
+            timesteps,
+            sigmas,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+        prompts = self.check_prompts(
             prompt,
             negative_prompt,
             prompt_embeds,
@@ -128,14 +156,11 @@ class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, Sa
             negative_prompt_embeds,
             negative_prompt_attention_mask,
         )
-        self.check_size(height, width)
-        self.check_sampling(
-            num_inference_steps, guidance_scale, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
-        )
-        prompts = len(prompt_embeds) if prompt is None else 1 if isinstance(prompt, str) else len(prompt)
         batch_size = prompts * num_images_per_prompt
-        self.check_image(image, prompts)
+        self.check_generator(generator, batch_size)
+        self.check_latents(latents, batch_size, height, width)
         self.check_strength(strength)
+        self.check_image(image, prompts, height, width)
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
@@ -169,9 +194,10 @@ class LocalDiTImg2ImgPipeline(LocalDiTImageInputMixin, LocalDiTPipelineMixin, Sa
             num_inference_steps, timesteps, sigmas, height, width, device
         )
         timesteps, self._num_timesteps = self.last_timesteps(timesteps, self._num_timesteps, strength)
-        clean = self.encode_image(image, batch_size, height, width, prompt_embeds.dtype, device, generator)
-        noise = self.prepare_noise(batch_size, height, width, prompt_embeds.dtype, device, generator)
-        latents = self.add_noise(clean, noise, timesteps, strength)
+        clean = self.encode_image(image, batch_size, height, width, prompt_embeds.dtype, device)
+        if latents is None:
+            latents = self.prepare_noise(batch_size, height, width, prompt_embeds.dtype, device, generator)
+        latents = self.add_noise(clean, latents.to(clean), timesteps, strength)
 
         # 4. Denoise
         latents = self.denoise(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
-from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 
 from config import TextEncoderConfig
+from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from train.components import build_text_encoder, build_tokenizer
 
 CAPTION_CHANNELS = 24
@@ -75,3 +75,34 @@ def pipeline() -> LocalDiTPipeline:
 @pytest.fixture
 def img2img() -> LocalDiTImg2ImgPipeline:
     return _quiet(LocalDiTImg2ImgPipeline(**make_components()))
+
+
+@pytest.fixture
+def make_pipeline():
+    """The maker of tiny pipelines: give a class and the components to replace."""
+
+    def make(pipeline_class=LocalDiTPipeline, **changes):
+        return _quiet(pipeline_class(**make_components(**changes)))
+
+    return make
+
+
+@pytest.fixture
+def tiny_transformer():
+    """The maker of tiny transformers: give the settings to replace."""
+    return make_transformer
+
+
+@pytest.fixture
+def latent_components() -> dict:
+    """The components to replace for a pipeline that works on the latents of a tiny autoencoder, 16 x 16 pixels."""
+    return {"vae": make_vae(), "transformer": make_transformer(in_channels=4, sample_size=8)}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A saved tiny pipeline; copy it before changing anything in it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LocalDiTPipeline(**make_components()).save_pretrained(folder)
+    return folder

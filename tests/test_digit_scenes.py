@@ -146,7 +146,7 @@ def test_splits_share_no_handwriting():
     assert not {image.tobytes() for image in train} & {image.tobytes() for image in test}
     assert (np.bincount(train_labels) == 250).all() and (np.bincount(test_labels) == 250).all()
     with pytest.raises(ValueError, match="train, test"):
-        load_digits("validation")
+        load_digits("validation")  # pyright: ignore[reportArgumentType]
 
 
 def test_pictures_show_what_the_caption_says():
@@ -192,7 +192,7 @@ def test_boxes_lie_apart_on_the_canvas_with_a_clear_relation():
         if len(boxes) == 2:
             assert ((corners[1] > ends[0]) | (corners[0] > ends[1])).any()  # at least one empty pixel between them
             across, down = np.abs((corners + ends)[1] - (corners + ends)[0])
-            along, aside = (across, down) if scene.relation.startswith("to") else (down, across)
+            along, aside = (down, across) if scene.relation in ("above", "below") else (across, down)
             assert along > 1.5 * aside
 
 

@@ -304,7 +304,9 @@ def test_cutting_at_the_shift_is_swins_roll_and_mask(grid, window_size, shift):
     slices = (slice(0, -window_size), slice(-window_size, -shift), slice(-shift, None))
     for number, (rows, columns) in enumerate(itertools.product(slices, slices)):
         regions[rows, columns] = number
-    windows = torch.tensor([[y // window_size * 100 + x // window_size for x in range(grid[1])] for y in range(grid[0])])
+    windows = torch.tensor(
+        [[y // window_size * 100 + x // window_size for x in range(grid[1])] for y in range(grid[0])]
+    )
     labels = torch.stack((regions, windows)).roll((shift, shift), (1, 2)).flatten(1)  # rolled back: [2, N]
     same = (labels[:, :, None] == labels[:, None]).all(0)
     assert torch.equal(same, neighbours(grid, window_size, shift))

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from localdit.data import digit_scenes
 from PIL import Image
 from safetensors.torch import load_file
 
 from config import (
+    AutoencoderConfig,
     DataConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -24,7 +24,10 @@ from config import (
     TextEncoderConfig,
     TrainConfig,
 )
-from train.__main__ import parse
+from localdit.data import digit_scenes
+from train.autoencoder import Reconstruction, build_autoencoder, standardize
+from train.autoencoder import train as train_autoencoder
+from train.command_line import parse
 from train.components import build_tokenizer
 from train.data import DigitScenes, ImageFolder, MicroStepSampler
 from train.objective import Objective, sampling_scheduler
@@ -140,16 +143,16 @@ def test_unsuitable_prediction_type_names_the_suitable_ones():
         Objective(ObjectiveConfig(process="flow", prediction_type="epsilon"))
 
 
-def test_every_position_is_seen_once_over_steps_ranks_and_micro_steps(tmp_path):
-    config = tiny_config(tmp_path, gradient_accumulation_steps=2, max_steps=5)
-    seen = [position for rank in range(3) for batch in MicroStepSampler(config, 0, rank, 3) for position in batch]
-    assert sorted(seen) == list(range(5 * 2 * 3 * 4))
+def test_every_position_is_seen_once_over_micro_steps_and_ranks():
+    samplers = [MicroStepSampler(batch_size=4, first=0, last=10, rank=rank, world_size=3) for rank in range(3)]
+    seen = [position for sampler in samplers for batch in sampler for position in batch]
+    assert sorted(seen) == list(range(10 * 3 * 4))
+    assert all(len(sampler) == 10 for sampler in samplers)
 
 
-def test_resuming_continues_the_order_where_it_was(tmp_path):
-    config = tiny_config(tmp_path)
-    whole = list(MicroStepSampler(config, 0, rank=1, world_size=2))
-    assert list(MicroStepSampler(config, 4, rank=1, world_size=2)) == whole[4:]
+def test_resuming_continues_the_order_where_it_was():
+    whole = list(MicroStepSampler(4, first=0, last=10, rank=1, world_size=2))
+    assert list(MicroStepSampler(4, first=6, last=10, rank=1, world_size=2)) == whole[6:]
 
 
 def test_digit_scenes_depend_on_seed_and_position_only():
@@ -226,6 +229,51 @@ def test_an_interrupted_run_ends_in_the_same_weights_to_the_bit(tmp_path, num_wo
         assert torch.equal(mine, theirs)
 
 
+@pytest.fixture
+def autoencoder_config(tmp_path) -> AutoencoderConfig:
+    return AutoencoderConfig(
+        output_dir=str(tmp_path / "vae"),
+        data=DataConfig(num_workers=0),
+        block_out_channels=(8, 8),
+        batch_size=4,
+        max_steps=3,
+        log_every=1,
+    )
+
+
+def test_the_autoencoder_loss_is_the_negative_evidence_bound(autoencoder_config):
+    vae = build_autoencoder(autoencoder_config, channels=3)
+    pixels, noise = torch.rand(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
+    loss, error = Reconstruction(vae, pixel_std=0.1)(pixels, noise)
+    posterior = vae.encode(pixels).latent_dist
+    decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    normal = torch.distributions.Normal
+    kl = torch.distributions.kl_divergence(normal(posterior.mean, posterior.std), normal(0.0, 1.0)).sum(dim=(1, 2, 3))
+    reconstruction = (decoded - pixels).square().sum(dim=(1, 2, 3)) / (2 * 0.1**2)
+    bound = (reconstruction + kl).mean()
+    torch.testing.assert_close(loss * pixels[0].numel() / (2 * 0.1**2), bound, rtol=1e-4, atol=0)
+    torch.testing.assert_close(error, (decoded - pixels).square().mean())
+
+
+def test_standardized_latents_have_mean_zero_and_deviation_one(autoencoder_config):
+    vae, pixels = build_autoencoder(autoencoder_config, channels=3), torch.rand(4, 3, 16, 16)
+    standardize(vae, pixels)
+    latents = (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+    assert abs(latents.mean()) < 1e-4 and abs(latents.std() - 1) < 1e-4
+
+
+def test_a_transformer_trains_on_the_latents_of_a_trained_autoencoder(tmp_path, autoencoder_config):
+    train_autoencoder(autoencoder_config)
+    assert len((tmp_path / "vae" / "log.jsonl").read_text().splitlines()) == 3
+    tiny = tiny_config(tmp_path / "run")
+    model = replace(tiny.model, in_channels=4, sample_size=32, patch_size=8)
+    Trainer(replace(tiny, vae=str(tmp_path / "vae"), model=model, save_dtype="float16")).train()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.vae.config.scaling_factor != 1
+    assert pipeline("a red seven on a black background").images[0].size == (64, 64)
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=2)).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -241,6 +289,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"data": DataConfig(resolution=32)}, "data.resolution=32"),
         ({"text_encoder": TextEncoderConfig(d_model=32)}, "text_encoder.d_model=32"),
         ({"model": ModelConfig(in_channels=4)}, "model.in_channels=4"),
+        ({"vae": "nowhere"}, "vae='nowhere' holds no autoencoder"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_steps": 0}, "max_steps=0"),
         ({"mixed_precision": "fp16"}, "fp16"),
@@ -265,9 +314,10 @@ def test_a_picture_without_caption_and_an_unreadable_one_are_named(picture_folde
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_valid_config(recipe):
-    config = parse(["--config", str(recipe), "--optimizer.learning_rate", "0.5", "--max_steps", "7"])
-    assert isinstance(config, TrainConfig)
-    assert config.optimizer.learning_rate == 0.5 and config.max_steps == 7
+    config_class = AutoencoderConfig if recipe.stem.endswith("_vae") else TrainConfig
+    config = parse(config_class, "train", ["--config", str(recipe), "--max_steps", "7", "--data.num_workers", "3"])
+    assert isinstance(config, config_class)
+    assert config.max_steps == 7 and config.data.num_workers == 3
 
 
 @pytest.mark.parametrize(
@@ -276,7 +326,7 @@ def test_every_recipe_is_a_valid_config(recipe):
 )
 def test_a_wrong_command_line_ends_with_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse(["--config", "train/recipes/digit_scenes.yaml", *arguments])
+        parse(TrainConfig, "train", ["--config", "train/recipes/digit_scenes.yaml", *arguments])
     assert caught.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
 
@@ -285,10 +335,11 @@ def test_two_processes_train_together(tmp_path):
     """Launched as a user would on a machine of two processes; gloo on the CPU."""
     recipe = ["--config", "train/recipes/digit_scenes.yaml", "--output_dir", str(tmp_path), "--max_steps", "2"]
     small = ["--batch_size", "2", "--model.num_layers", "1", "--compile", "false", "--data.num_workers", "0"]
+    pixels = ["--vae", "null", "--model.in_channels", "3", "--model.sample_size", "64", "--model.patch_size", "8"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "train"]
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*launch, *recipe, *small, "--log_every", "1"],
+        [*launch, *recipe, *small, *pixels, "--log_every", "1"],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 """The networks of a run: built from the config, wrapped for training, saved as a pipeline."""
 
 import torch
+from diffusers import AutoencoderKL
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
@@ -75,15 +76,31 @@ class Denoiser(nn.Module):
         )[0]
 
 
-def check_components(config: TrainConfig, channels: int, classes: list[str] | None) -> None:
-    """Raise a ValueError where the model does not fit the data."""
-    model, data = config.model, config.data
-    if model.in_channels != channels:
+def load_vae(folder: str | None) -> AutoencoderKL | None:
+    """The autoencoder of a folder, in fp32, or None for a model that works on pixels."""
+    if folder is None:
+        return None
+    try:
+        return AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    except OSError as error:
         raise ValueError(
-            f"model.in_channels={model.in_channels}, but the data has {channels} channels; set {channels}."
+            f"vae={folder!r} holds no autoencoder; train one with python -m train.autoencoder, or name its folder."
+        ) from error
+
+
+def check_components(config: TrainConfig, vae: AutoencoderKL | None, channels: int, classes: list[str] | None) -> None:
+    """Raise a ValueError where the model does not fit the data or the autoencoder."""
+    model, data = config.model, config.data
+    if vae is not None:
+        channels = vae.config.latent_channels
+    if model.in_channels != channels:
+        source = "data" if vae is None else "autoencoder"
+        raise ValueError(
+            f"model.in_channels={model.in_channels}, but the {source} has {channels} channels; set {channels}."
         )
-    if data.resolution % model.patch_size:
-        raise ValueError(f"data.resolution={data.resolution} is not a multiple of model.patch_size={model.patch_size}.")
+    token = model.patch_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
+    if data.resolution % token:
+        raise ValueError(f"data.resolution={data.resolution} is not a multiple of {token} pixels (one token).")
     if model.caption_channels is not None and model.caption_channels != config.text_encoder.d_model:
         raise ValueError(
             f"model.caption_channels={model.caption_channels} differs from "
@@ -93,7 +110,9 @@ def check_components(config: TrainConfig, channels: int, classes: list[str] | No
         raise ValueError(f"model.num_classes={model.num_classes}, but the data has {len(classes)}: {classes}.")
 
 
-def build_pipeline(config: TrainConfig, denoiser: Denoiser, tokenizer) -> LocalDiTPipeline:
+def build_pipeline(
+    config: TrainConfig, denoiser: Denoiser, tokenizer: PreTrainedTokenizerFast | None, vae: AutoencoderKL | None
+):
     """The pipeline of a run, with the run's sampling settings as its defaults."""
     sample = config.sample
     defaults = {
@@ -105,7 +124,7 @@ def build_pipeline(config: TrainConfig, denoiser: Denoiser, tokenizer) -> LocalD
     return LocalDiTPipeline(
         tokenizer=tokenizer,
         text_encoder=denoiser.text_encoder,
-        vae=None,
+        vae=vae,
         transformer=denoiser.transformer,
         scheduler=sampling_scheduler(config.objective),
         call_defaults={name: value for name, value in defaults.items() if value is not None},

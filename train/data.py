@@ -9,7 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 
-from config import DataConfig, TrainConfig
+from config import DataConfig
 from localdit.data import digit_scenes
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -100,38 +100,32 @@ def crop_to_square(image: Image.Image, side: int) -> Image.Image:
 
 
 class MicroStepSampler:
-    """The positions of each micro-batch of one process, from a given step to the last."""
+    """The positions of each micro-batch of one process, from the micro-step `first` up to `last`, exclusive."""
 
-    def __init__(self, config: TrainConfig, first_step: int, rank: int, world_size: int):
-        self.config = config
-        self.first_step = first_step
+    def __init__(self, batch_size: int, first: int, last: int, rank: int, world_size: int):
+        self.batch_size = batch_size
+        self.micro_steps = range(first, last)
         self.rank = rank
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        accumulation, batch_size = self.config.gradient_accumulation_steps, self.config.batch_size
-        for micro_step in range(self.first_step * accumulation, self.config.max_steps * accumulation):
-            start = (micro_step * self.world_size + self.rank) * batch_size
-            yield list(range(start, start + batch_size))
+        for micro_step in self.micro_steps:
+            start = (micro_step * self.world_size + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
 
     def __len__(self) -> int:
-        return (self.config.max_steps - self.first_step) * self.config.gradient_accumulation_steps
+        return len(self.micro_steps)
 
 
-def build_dataset(config: TrainConfig) -> DigitScenes | ImageFolder:
-    """The dataset that `config.data` names."""
-    if config.data.name == "digit_scenes":
-        if config.model.num_classes is not None:
-            raise ValueError("digit_scenes has captions, not classes; set model.num_classes to null.")
-        return DigitScenes(config.data, config.seed)
-    return ImageFolder(config.data, config.seed, labels=config.model.num_classes is not None)
+def build_dataset(config: DataConfig, seed: int, labels: bool) -> DigitScenes | ImageFolder:
+    """The dataset that the config names, with labels (of class folders) or captions."""
+    if config.name == "imagefolder":
+        return ImageFolder(config, seed, labels)
+    if labels:
+        raise ValueError("digit_scenes has captions, not classes; set model.num_classes to null.")
+    return DigitScenes(config, seed)
 
 
-def build_loader(dataset: Dataset, config: TrainConfig, first_step: int, rank: int, world_size: int) -> DataLoader:
+def build_loader(dataset: Dataset, sampler: MicroStepSampler, num_workers: int) -> DataLoader:
     """Micro-batches for one process; the number of workers changes nothing but the speed."""
-    return DataLoader(
-        dataset,
-        batch_sampler=MicroStepSampler(config, first_step, rank, world_size),
-        num_workers=config.data.num_workers,
-        persistent_workers=config.data.num_workers > 0,
-    )
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)

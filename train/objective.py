@@ -71,10 +71,10 @@ class Objective:
 
     def _diffusion(self, clean: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> Noised:
         timestep = torch.randint(TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(clean.device)
-        inputs = self.diffusion.add_noise(clean, noise, timestep)
+        inputs = self.diffusion.add_noise(clean, noise, timestep)  # pyright: ignore[reportArgumentType]
         target = {
             "epsilon": lambda: noise,
-            "v_prediction": lambda: self.diffusion.get_velocity(clean, noise, timestep),
+            "v_prediction": lambda: self.diffusion.get_velocity(clean, noise, timestep),  # pyright: ignore[reportArgumentType]
             "sample": lambda: clean,
         }[self.config.prediction_type]()
         return Noised(inputs, timestep, target, torch.ones(len(clean), device=clean.device))

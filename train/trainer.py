@@ -14,12 +14,20 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from config import OptimizerConfig, TrainConfig
 from localdit import LocalDiTTransformer2DModel
 from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from train.components import Denoiser, build_pipeline, build_text_encoder, build_tokenizer, check_components
-from train.data import build_dataset, build_loader
+from train.components import (
+    Denoiser,
+    build_pipeline,
+    build_text_encoder,
+    build_tokenizer,
+    check_components,
+    load_vae,
+)
+from train.data import MicroStepSampler, build_dataset, build_loader
 from train.objective import Objective
 
 
@@ -31,8 +39,9 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.objective = Objective(config.objective)
-        dataset = build_dataset(config)
-        check_components(config, dataset.channels, dataset.classes)
+        dataset = build_dataset(config.data, config.seed, labels=config.model.num_classes is not None)
+        self.vae = load_vae(config.vae)
+        check_components(config, self.vae, dataset.channels, dataset.classes)
         resume = find_checkpoint(config.resume, self.output_dir / "checkpoints") if config.resume else None
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -42,7 +51,10 @@ class Trainer:
         )
         set_seed(config.seed)
 
-        self.denoiser, self.tokenizer = self._build_networks(dataset)
+        self.words = dataset.words() if config.model.caption_channels is not None else []
+        self.denoiser, self.tokenizer = self._build_networks()
+        if self.vae is not None:
+            self.vae.to(self.accelerator.device)
         if config.compile:
             self.denoiser.transformer.compile_repeated_blocks()
         parameters = list(self.denoiser.parameters())
@@ -60,18 +72,23 @@ class Trainer:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
         self.first_step = load_checkpoint(self.accelerator, resume) if resume else 0
-        self.loader = build_loader(
-            dataset, config, self.first_step, self.accelerator.process_index, self.accelerator.num_processes
+        sampler = MicroStepSampler(
+            config.batch_size,
+            first=self.first_step * config.gradient_accumulation_steps,
+            last=config.max_steps * config.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
         )
+        self.loader = build_loader(dataset, sampler, config.data.num_workers)
 
-    def _build_networks(self, dataset) -> tuple[Denoiser, object]:
+    def _build_networks(self) -> tuple[Denoiser, PreTrainedTokenizerFast | None]:
         config, text = self.config, self.config.text_encoder
         transformer = LocalDiTTransformer2DModel(**vars(config.model))
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         if config.model.caption_channels is None:
             return Denoiser(transformer, None), None
-        tokenizer = build_tokenizer(dataset.words(), text.max_sequence_length)
+        tokenizer = build_tokenizer(self.words, text.max_sequence_length)
         return Denoiser(transformer, build_text_encoder(text, len(tokenizer))), tokenizer
 
     def train(self) -> None:
@@ -126,18 +143,27 @@ class Trainer:
         # seeded by place, not by history: a resumed run draws what an uninterrupted one would have drawn
         seed = np.random.SeedSequence((self.config.seed, micro_step, self.accelerator.process_index))
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        noised = self.objective(batch["image"].to(device), generator)
+        noised = self.objective(self._latents(batch["image"].to(device)), generator)
         dropped = torch.rand(len(batch["image"]), generator=generator) < self.config.objective.condition_dropout
         condition = self._condition(batch, dropped)
         with self.accelerator.autocast():
             prediction = self.model(noised.inputs, noised.timestep, **condition)
         return noised.loss(prediction)
 
+    @torch.no_grad()
+    def _latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the transformer works on: the pixels [B, C, H, W], or their latents where there is an autoencoder."""
+        if self.vae is None:
+            return pixels
+        with self.accelerator.autocast():
+            latents = self.vae.encode(pixels).latent_dist.mode().float()
+        return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+
     def _condition(self, batch: dict, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
         device = self.accelerator.device
-        if "label" in batch:
-            labels = torch.where(dropped, self.config.model.num_classes, batch["label"])
-            return {"class_labels": labels.to(device)} if self.config.model.num_classes else {}
+        null_class = self.config.model.num_classes
+        if null_class is not None:
+            return {"class_labels": batch["label"].masked_fill(dropped, null_class).to(device)}
         if self.tokenizer is None:
             return {}
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
@@ -189,7 +215,7 @@ class Trainer:
         # eager, because compiling again for another batch size takes longer than a few pictures
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
             self.denoiser.eval()
-            pipeline = build_pipeline(self.config, self.denoiser, self.tokenizer)
+            pipeline = build_pipeline(self.config, self.denoiser, self.tokenizer, self.vae)
             pipeline.set_progress_bar_config(disable=True)
             prompts = [prompt for prompt in sample.prompt for _ in range(sample.num_images)]
             generators = [torch.Generator().manual_seed(sample.seed + index) for index in range(len(prompts))]
@@ -204,11 +230,14 @@ class Trainer:
         """Write the averaged weights as a pipeline to `output_dir/pipeline`."""
         if not self.accelerator.is_main_process:
             return
-        copy, _ = self._build_networks(build_dataset(self.config))
+        copy, _ = self._build_networks()
         with self.averaged_weights():
             copy.load_state_dict(self.denoiser.state_dict())
         copy.to(getattr(torch, self.config.save_dtype))
-        build_pipeline(self.config, copy, self.tokenizer).save_pretrained(self.output_dir / "pipeline")
+        vae = load_vae(self.config.vae)
+        if vae is not None:
+            vae.to(copy.transformer.dtype)
+        build_pipeline(self.config, copy, self.tokenizer, vae).save_pretrained(self.output_dir / "pipeline")
 
 
 def check_run(config: TrainConfig) -> None:

@@ -1,6 +1,6 @@
 """Time of a layer and of a block with each token mixer, as ratios to the same without token mixing.
 
-    python -m localdit.benchmarks.attention --side 64 --dtype bfloat16
+python -m localdit.benchmarks.attention --side 64 --dtype bfloat16
 """
 
 import argparse

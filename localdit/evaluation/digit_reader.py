@@ -101,18 +101,18 @@ class DigitSceneReader(nn.Module):
         return readings
 
     def _read(self, pictures: torch.Tensor, threshold: float) -> list[SceneReading]:
-        *cells, background = self(pictures)
+        centre, size, colour, background = self(pictures)
         background = background.argmax(dim=1)
-        picture, place, colour, score = locate(*cells, threshold)
+        picture, place, colour, score = locate(centre, size, colour, threshold)
         if len(picture):
             digit = self.recognise(crop_ink(pictures, picture, place, colour, background[picture])).argmax(dim=1)
         else:
             digit = picture
         found = [[] for _ in pictures]
         for index in range(len(picture)):
-            centre = (float(place[index, 0]), float(place[index, 1]))
+            middle = (float(place[index, 0]), float(place[index, 1]))
             name = tuple(COLOURS)[int(colour[index])]
-            found[int(picture[index])].append(Reading(name, int(digit[index]), centre, float(score[index])))
+            found[int(picture[index])].append(Reading(name, int(digit[index]), middle, float(score[index])))
         names = [tuple(BACKGROUNDS)[index] for index in background.tolist()]
         return [SceneReading(tuple(digits), name) for digits, name in zip(found, names, strict=True)]
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from localdit.data.digit_scenes import (
     BACKGROUNDS,
@@ -46,9 +47,10 @@ def train_reader(
         raise ValueError(f"steps={steps} is not a positive number of training steps.")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    reader = DigitSceneReader().to(memory_format=torch.channels_last).train()
+    reader = convert_conv2d_weight_memory_format(DigitSceneReader().train(), torch.channels_last)
     optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.15)
+    handwriting = []
     for step in range(steps):
         if step % 25 == 0:
             handwriting = group_by_class(_distort(images), labels)
@@ -59,7 +61,7 @@ def train_reader(
         schedule.step()
         if (step + 1) % 250 == 0:
             print(f"step {step + 1}: loss {loss.item():.4f}", flush=True)
-    return reader.to(memory_format=torch.contiguous_format).eval()
+    return convert_conv2d_weight_memory_format(reader, torch.contiguous_format).eval()
 
 
 def _loss(reader: DigitSceneReader, batch: Batch, bf16: bool) -> torch.Tensor:

@@ -212,7 +212,7 @@ class WindowAttnProcessor(TokenMixer):
         self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, G, H, D] of the grid's tokens [B, N, C], averaged over a coarse grid of cells."""
-        cells = tuple(min(self.global_context, side) for side in grid)
+        cells = min(self.global_context, grid[0]), min(self.global_context, grid[1])
         planes = hidden_states.mT.unflatten(-1, grid)  # [B, C, height, width]
         pooled = F.adaptive_avg_pool2d(planes, cells).flatten(2).mT  # [B, G, C]
         _, key, value = attn.to_query_key_value(pooled + self.context_embedding)
@@ -241,7 +241,7 @@ def scheduled_shift(shift_schedule: str | tuple[int, ...], layer: int, window_si
         return layer % window_size
     if shift_schedule == "none":
         return 0
-    if isinstance(shift_schedule, str) or not shift_schedule:
+    if not isinstance(shift_schedule, tuple | list) or not shift_schedule:
         raise ValueError(
             f"shift_schedule={shift_schedule!r} is not known; choose 'swin', 'cyclic', 'none' or a sequence of shifts."
         )

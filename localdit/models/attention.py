@@ -1,5 +1,7 @@
 """The projections of one attention layer; its processor decides who attends to whom."""
 
+from collections.abc import Callable
+
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -120,7 +122,8 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(processor)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return self.processor(self, hidden_states, *args, **kwargs)
+        processor: Callable = self.processor  # diffusers annotates its own processors only
+        return processor(self, hidden_states, *args, **kwargs)
 
     def to_heads(self, states: torch.Tensor) -> torch.Tensor:
         """Split [..., H * D] into [..., H, D]."""

@@ -187,7 +187,12 @@ class LocalDiTTransformer2DModel(
         self.gradient_checkpointing = False
 
         self.pos_embed = PatchEmbed(
-            sample_size, sample_size, patch_size, in_channels, dim, interpolation_scale=interpolation_scale
+            sample_size,
+            sample_size,
+            patch_size,
+            in_channels,
+            dim,
+            interpolation_scale=interpolation_scale,  # pyright: ignore[reportArgumentType]
         )
         self.adaln_single = AdaLayerNormSingle(dim, use_additional_conditions)
         self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim) if caption_channels else None
@@ -198,7 +203,7 @@ class LocalDiTTransformer2DModel(
                 mixer,
                 num_attention_heads,
                 attention_head_dim,
-                cross_attention=caption_channels is not None,
+                cross_attention=self.caption_projection is not None,
                 attention_residual=attention_residual,
                 dropout=dropout,
                 attention_bias=attention_bias,
@@ -254,11 +259,8 @@ class LocalDiTTransformer2DModel(
         )
         for block, mixer in zip(self.transformer_blocks, mixers, strict=True):
             old = block.attn.get_processor()
-            learned = old.state_dict()
-            if {name: tensor.shape for name, tensor in learned.items()} == {
-                name: tensor.shape for name, tensor in mixer.state_dict().items()
-            }:
-                mixer.load_state_dict(learned)
+            if isinstance(old, TokenMixer) and _shapes(old) == _shapes(mixer):
+                mixer.load_state_dict(old.state_dict())
             mixer._attention_backend = old._attention_backend
             block.attn.set_processor(mixer.to(self.device, self.dtype))
         self.register_to_config(token_mixers=token_mixers, mixer_options=mixer_options)
@@ -300,10 +302,10 @@ class LocalDiTTransformer2DModel(
         grid = height // patch_size, width // patch_size
 
         hidden_states = self.pos_embed(hidden_states)  # [B, N, C]
-        added_cond_kwargs = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
+        sizes = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
         condition = self.adaln_single.emb(
-            timestep, **added_cond_kwargs, batch_size=batch_size, hidden_dtype=hidden_states.dtype
-        )
+            timestep, **sizes, batch_size=batch_size, hidden_dtype=hidden_states.dtype
+        )  # [B, C]
         if self.class_embedder is not None:
             condition = condition + self.class_embedder(class_labels)
         modulation = self.adaln_single.linear(self.adaln_single.silu(condition)).unflatten(1, (6, -1))  # [B, 6, C]
@@ -360,9 +362,11 @@ class LocalDiTTransformer2DModel(
                 f"class_labels is missing; give a tensor of shape [batch] with labels 0 to {config.num_classes - 1}, "
                 f"or {config.num_classes} for no label."
             )
-        if self.use_additional_conditions and added_cond_kwargs is None:
+        missing = sorted({"resolution", "aspect_ratio"} - set(added_cond_kwargs or {}))
+        if self.use_additional_conditions and missing:
             raise ValueError(
-                "added_cond_kwargs is missing; this model needs 'resolution' [batch, 2] and 'aspect_ratio' [batch, 1]."
+                f"added_cond_kwargs lacks {missing}; "
+                "this model needs 'resolution' [batch, 2] and 'aspect_ratio' [batch, 1]."
             )
 
 
@@ -389,6 +393,10 @@ def _check_sizes(
             f"use_additional_conditions splits the width {dim} into three; choose a width that is a multiple of 3, "
             "or use_additional_conditions=False."
         )
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _build_mixers(

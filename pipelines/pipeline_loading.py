@@ -1,0 +1,117 @@
+"""A pipeline's folder: what is missing or damaged in it is named in one sentence, before anything is loaded."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+CONFIG_FILES = {  # of each component
+    "scheduler": "scheduler_config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "transformer": "config.json",
+    "vae": "config.json",
+}
+WAY_OUT = "copy or download the folder anew, or save the pipeline again"
+MODELS = ("text_encoder", "transformer", "vae")
+
+
+class LocalDiTLoadingMixin:
+    """Loading that explains itself and that brings every model in fp32 unless told otherwise."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """Load a folder or a Hub id as `DiffusionPipeline.from_pretrained` does, with the same arguments.
+
+        Without `dtype` all weights come in fp32, in whatever precision they were stored: diffusers' models do so
+        anyway, but transformers' (the text encoder) would stay as stored, and half precision suits no CPU.
+
+        Raises:
+            ValueError: where there is no such folder, or a file of it is missing or damaged.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        check_source(source, given=kwargs)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = torch.float32
+        return super().from_pretrained(source, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save as `DiffusionPipeline.save_pretrained` does, with a text encoder that any loader brings in fp32.
+
+        transformers loads in the precision that config.json names, so that names fp32, whatever the weights' own.
+        """
+        super().save_pretrained(save_directory, *args, **kwargs)
+        config_file = Path(save_directory) / "text_encoder" / "config.json"
+        if config_file.is_file():
+            config = json.loads(config_file.read_text())
+            config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
+def check_source(source: str, given: dict[str, Any]) -> None:
+    """Raise a ValueError unless `source` is a complete pipeline folder or may be a Hub id.
+
+    Args:
+        source: a folder, or a Hub id as "name" or "owner/name".
+        given: components that do not come from the folder, by name.
+    """
+    if os.path.isdir(source):
+        check_folder(Path(source), given)
+    elif os.path.exists(source):
+        raise ValueError(f"{source!r} is a file; give the folder that holds model_index.json.")
+    elif not _may_be_hub_id(source):
+        raise ValueError(f"The folder {source!r} does not exist; give a pipeline's folder or a Hub id.")
+
+
+def _may_be_hub_id(source: str) -> bool:
+    """Whether `source` reads as "name" or "owner/name", where owner is no folder here."""
+    owner, _, name = source.rpartition("/")
+    plain = all(part and not part.startswith((".", "~")) for part in (owner or name, name))
+    return plain and not any(character in owner + name for character in "/\\:") and not (owner and os.path.isdir(owner))
+
+
+def check_folder(folder: Path, given: dict[str, Any]) -> None:
+    """Raise a ValueError that names the first file of a pipeline's folder that is missing or damaged."""
+    index = _read_json(folder / "model_index.json")
+    for name, entry in index.items():
+        if name not in CONFIG_FILES or name in given or not isinstance(entry, list) or entry[0] is None:
+            continue
+        _read_json(folder / name / CONFIG_FILES[name])
+        for file in (folder / name).glob("*.json"):
+            _read_json(file)
+        if name in MODELS:
+            _check_weights(folder / name)
+
+
+def _check_weights(folder: Path) -> None:
+    shards = {folder / shard for index in folder.glob("*.index*.json") for shard in _shards(index)}
+    weights = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
+    if not weights and not shards:
+        raise ValueError(f"The weights of {folder} are missing (*.safetensors); {WAY_OUT}.")
+    for file in sorted({*weights, *shards}):
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; {WAY_OUT}.")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} is damaged ({error}); {WAY_OUT}.") from error
+
+
+def _shards(index: Path) -> set[str]:
+    return set(_read_json(index).get("weight_map", {}).values())
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; {WAY_OUT}.") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}); {WAY_OUT}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is damaged (not a JSON object); {WAY_OUT}.")
+    return content

@@ -1,0 +1,483 @@
+"""Facts about text to image, and about what both pipelines share."""
+
+import logging
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.callbacks import PipelineCallback
+from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
+from peft import LoraConfig
+
+PROMPT = "a red seven"
+DIFFUSION_SAMPLERS = ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete"]
+FLOW_SAMPLERS = {
+    "flow_match_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow_match_euler_shifted": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "flow_match_heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "dpm": ("DPMSolverMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}),
+}
+
+
+def seeded(*seeds):
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return generators if len(generators) > 1 else generators[0]
+
+
+def draw(pipeline, prompt=PROMPT, **arguments):
+    """The raw output for a prompt and seed 0."""
+    arguments = {"generator": seeded(0), "output_type": "latent", **arguments}
+    return pipeline(prompt, **arguments).images
+
+
+def scheduler(name, **config):
+    return getattr(diffusers, name)(**config)
+
+
+def close(a, b, tolerance=1e-4):
+    return torch.allclose(a, b, atol=tolerance, rtol=tolerance)
+
+
+def calls_of(transformer):
+    """The keyword arguments and the input of each call from now on, in a list that fills."""
+    calls = []
+
+    def record(module, arguments, keywords):
+        calls.append({**keywords, "sample": arguments[0].clone()})
+
+    transformer.register_forward_pre_hook(record, with_kwargs=True)
+    return calls
+
+
+# What comes out
+
+
+def test_all_output_types_hold_the_same_picture(pipeline):
+    pictures = {kind: draw(pipeline, output_type=kind) for kind in ("latent", "pt", "np", "pil")}
+    expected = (pictures["latent"] / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(pictures["pt"], expected) and expected.shape == (1, 3, 16, 16)
+    assert np.array_equal(pictures["np"], expected.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(np.asarray(pictures["pil"][0]), (pictures["np"][0] * 255).round().astype("uint8"))
+
+
+def test_without_return_dict_a_tuple_comes_back(pipeline):
+    (images,) = draw_tuple = pipeline(PROMPT, generator=seeded(0), output_type="latent", return_dict=False)
+    assert isinstance(draw_tuple, tuple) and torch.equal(images, draw(pipeline))
+
+
+def test_any_size_of_whole_tokens_is_drawn(pipeline):
+    image = draw(pipeline, height=10, width=22, output_type="pil")[0]
+    assert image.size == (22, 10)
+
+
+def test_a_seed_names_a_picture(pipeline):
+    assert torch.equal(draw(pipeline), draw(pipeline))
+    assert not close(draw(pipeline), draw(pipeline, generator=seeded(1)))
+
+
+def test_one_generator_gives_the_same_first_picture_whatever_the_batch(pipeline):
+    assert close(draw(pipeline), draw(pipeline, num_images_per_prompt=3)[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "arguments"),
+    [
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "sample"}, {}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "prediction_type": "sample"}, {}),
+        ("FlowMatchEulerDiscreteScheduler", {}, {}),
+        ("DDPMScheduler", {"prediction_type": "sample"}, {}),
+        ("DDIMScheduler", {"prediction_type": "sample"}, {"eta": 1.0}),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "v_prediction"}, {}),
+    ],
+)
+def test_a_picture_with_its_own_generator_does_not_depend_on_its_batch(pipeline, name, config, arguments):
+    pipeline.scheduler = scheduler(name, **config)
+    prompts = ["a red seven", "a blue seven", "seven"]
+    together = draw(pipeline, prompts, generator=seeded(0, 1, 2), **arguments)
+    for row, prompt in enumerate(prompts):
+        assert close(together[row : row + 1], draw(pipeline, prompt, generator=seeded(row), **arguments))
+
+
+def test_the_pictures_of_a_prompt_lie_side_by_side(pipeline):
+    images = draw(pipeline, ["red", "blue"], num_images_per_prompt=2, generator=seeded(0, 1, 2, 3))
+    assert close(images[1:2], draw(pipeline, "red", generator=seeded(1)))
+    assert close(images[2:3], draw(pipeline, "blue", generator=seeded(2)))
+
+
+def test_given_latents_are_the_noise_to_start_from(pipeline):
+    noise = torch.randn(1, 3, 16, 16, generator=seeded(0))
+    assert torch.equal(draw(pipeline), draw(pipeline, latents=noise, generator=None))
+
+
+# Samplers
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("name", DIFFUSION_SAMPLERS)
+def test_diffusion_samplers_draw(pipeline, name, prediction_type):
+    pipeline.scheduler = scheduler(f"{name}Scheduler", prediction_type=prediction_type)
+    assert draw(pipeline).isfinite().all() and pipeline.num_timesteps == 4
+
+
+@pytest.mark.parametrize("name", DIFFUSION_SAMPLERS)
+def test_a_network_that_sees_black_everywhere_draws_black(pipeline, name):
+    # the predicted clean picture is constant, so every sampler of clean pictures must end on it
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
+    torch.nn.init.constant_(pipeline.transformer.proj_out.bias, -1)
+    pipeline.scheduler = scheduler(f"{name}Scheduler", prediction_type="sample")
+    assert close(draw(pipeline, num_inference_steps=20, height=8, width=8), torch.tensor(-1.0), 0.02)
+
+
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+def test_flow_samplers_carry_noise_along_a_constant_velocity(pipeline, name):
+    # x_1 = x_0 + v, so with v = 1 everywhere the picture is the noise minus one
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
+    torch.nn.init.ones_(pipeline.transformer.proj_out.bias)
+    class_name, config = FLOW_SAMPLERS[name]
+    pipeline.scheduler = scheduler(class_name, **config)
+    noise = torch.randn(1, 3, 16, 16, generator=seeded(0))
+    assert close(draw(pipeline, num_inference_steps=6), noise - 1, 0.01)
+
+
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+def test_flow_samplers_reach_a_constant_clean_picture(pipeline, name):
+    torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
+    torch.nn.init.constant_(pipeline.transformer.proj_out.bias, -1)
+    class_name, config = FLOW_SAMPLERS[name]
+    pipeline.scheduler = getattr(diffusers, class_name).from_config({**config, "prediction_type": "sample"})
+    assert close(draw(pipeline, num_inference_steps=6), torch.tensor(-1.0), 0.01)
+
+
+def test_dpm_solver_and_euler_converge_to_one_picture_on_a_network_of_clean_pictures(pipeline):
+    solver = pipeline.scheduler
+    assert solver.config.prediction_type == "sample" and solver.config.use_flow_sigmas
+    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(solver.config)
+
+    def drawn_by(sampler, steps):
+        pipeline.scheduler = sampler
+        return draw(pipeline, num_inference_steps=steps, guidance_scale=1.0, height=8, width=8)
+
+    few, many = ((drawn_by(solver, steps) - drawn_by(euler, steps)).abs() for steps in (20, 200))
+    assert many.max() < 0.05 and many.mean() < few.mean() / 4
+
+
+def test_a_flow_sampler_still_knows_the_prediction_type_after_saving(pipeline, tmp_path):
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.save_pretrained(tmp_path)
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path)
+    assert loaded.scheduler.config["prediction_type"] == "sample"
+    assert torch.equal(draw(loaded), draw(pipeline))
+
+
+def test_one_euler_step_is_the_textbook_one(pipeline):
+    pipeline.scheduler = scheduler("FlowMatchEulerDiscreteScheduler")
+    noise = torch.randn(1, 3, 16, 16)
+
+    def velocity(text):
+        ids = pipeline.tokenizer(text, padding="max_length", max_length=8, return_tensors="pt")
+        with torch.no_grad():
+            states = pipeline.text_encoder(**ids)[0]
+            return pipeline.transformer(noise, states, torch.tensor([1000.0]), None, ids.attention_mask).sample
+
+    unconditional, conditional = velocity(""), velocity(PROMPT)
+    expected = noise - (unconditional + 3 * (conditional - unconditional))
+    assert close(draw(pipeline, latents=noise, num_inference_steps=1, guidance_scale=3.0), expected)
+
+
+def test_own_timesteps_and_sigmas_replace_the_even_ones(pipeline):
+    pipeline.scheduler = scheduler("FlowMatchEulerDiscreteScheduler")
+    even = draw(pipeline, num_inference_steps=3)
+    sigmas = pipeline.scheduler.sigmas[:-1].tolist()
+    assert close(draw(pipeline, sigmas=sigmas), even) and pipeline.num_timesteps == 3
+    assert close(draw(pipeline, timesteps=[1000 * sigma for sigma in sigmas]), even)
+    assert not close(draw(pipeline, sigmas=[1.0, 0.1]), even) and pipeline.num_timesteps == 2
+
+    pipeline.scheduler = scheduler("DDPMScheduler")
+    even = draw(pipeline, num_inference_steps=3)
+    assert close(draw(pipeline, timesteps=pipeline.scheduler.timesteps.tolist()), even)
+
+
+def test_the_shift_of_a_larger_picture_follows_the_schedulers_own_numbers(pipeline):
+    numbers = {"base_image_seq_len": 16, "max_image_seq_len": 64, "base_shift": 0.0, "max_shift": 1.0}
+    pipeline.scheduler = scheduler("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, **numbers)
+    draw(pipeline, height=8, width=8, num_inference_steps=2)  # 16 tokens, so no shift
+    assert close(pipeline.scheduler.sigmas[:2], torch.tensor([1.0, 0.001]))
+    draw(pipeline, height=16, width=16, num_inference_steps=2)  # 64 tokens, so exp(1) / (exp(1) + 1 / s - 1)
+    assert close(pipeline.scheduler.sigmas[1], np.e / (np.e + torch.tensor(999.0)))
+
+
+def test_a_learned_variance_is_left_out(pipeline, tiny_transformer, make_pipeline):
+    both = tiny_transformer(out_channels=6)
+    weights = both.state_dict()
+    for name in ("proj_out.weight", "proj_out.bias"):  # [patch * patch * out_channels, ...]
+        weights[name] = weights[name].unflatten(0, (4, 6))[:, :3].flatten(0, 1)
+    mean_only = tiny_transformer()
+    mean_only.load_state_dict(weights)
+    parts = {name: part for name, part in pipeline.components.items() if name != "transformer"}
+    images = [draw(make_pipeline(**parts, transformer=transformer)) for transformer in (both, mean_only)]
+    assert images[0].shape[1] == 3 and close(*images)
+
+
+# Text and guidance
+
+
+def test_embeddings_in_place_of_prompts_draw_the_same(pipeline):
+    names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
+    encoded = dict(zip(names, pipeline.encode_prompt(["red", "blue"], "seven"), strict=True))
+    by_text = draw(pipeline, ["red", "blue"], negative_prompt="seven", num_images_per_prompt=2)
+    pipeline.text_encoder = pipeline.tokenizer = None
+    assert torch.equal(by_text, draw(pipeline, None, **encoded, num_images_per_prompt=2))
+
+
+def test_prompts_are_encoded_where_there_is_nothing_but_a_text_encoder(pipeline, make_pipeline):
+    encoder_only = make_pipeline(
+        text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, transformer=None, scheduler=None
+    )
+    for ours, theirs in zip(encoder_only.encode_prompt(PROMPT), pipeline.encode_prompt(PROMPT), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_encode_prompt_repeats_each_row_for_its_pictures(pipeline):
+    embeds, mask, negative, negative_mask = pipeline.encode_prompt(["red", "blue"], num_images_per_prompt=2)
+    assert embeds.shape == negative.shape == (4, 8, 24) and mask.shape == negative_mask.shape == (4, 8)
+    assert torch.equal(embeds[0], embeds[1]) and not torch.equal(embeds[1], embeds[2])
+    assert pipeline.encode_prompt("red", do_classifier_free_guidance=False)[2:] == (None, None)
+
+
+def test_padding_of_the_text_has_no_influence(pipeline):
+    assert close(draw(pipeline, max_sequence_length=8), draw(pipeline, max_sequence_length=20))
+
+
+def test_a_prompt_that_is_cut_is_told_about(pipeline, caplog):
+    with caplog.at_level(logging.WARNING):
+        draw(pipeline, "a red seven " * 4)
+    assert "Only the first 8 of 13 tokens are used" in caplog.text
+
+
+def test_the_negative_prompt_is_empty_unless_given(pipeline):
+    empty = draw(pipeline, ["red", "seven"])
+    assert torch.equal(empty, draw(pipeline, ["red", "seven"], negative_prompt=""))
+    assert not close(empty, draw(pipeline, ["red", "seven"], negative_prompt="blue"))
+    for_all, for_each = (draw(pipeline, ["red", "seven"], negative_prompt=text) for text in ("blue", ["blue", "blue"]))
+    assert torch.equal(for_all, for_each)
+
+
+def test_without_guidance_the_network_runs_on_the_prompt_alone(pipeline):
+    calls = calls_of(pipeline.transformer)
+    plain = draw(pipeline, guidance_scale=1.0)
+    assert not pipeline.do_classifier_free_guidance and {len(call["sample"]) for call in calls} == {1}
+    assert torch.equal(plain, draw(pipeline, guidance_scale=1.0, negative_prompt="blue"))
+
+
+def test_guidance_can_end_between_two_steps(pipeline):
+    def end(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.0 if step == 1 else pipe._guidance_scale
+        return tensors
+
+    calls = calls_of(pipeline.transformer)
+    draw(pipeline, guidance_scale=3.0, callback_on_step_end=end)
+    assert [len(call["sample"]) for call in calls] == [2, 2, 1, 1]
+
+
+def test_the_size_reaches_a_transformer_that_is_conditioned_on_it(make_pipeline, tiny_transformer):
+    pipeline = make_pipeline(transformer=tiny_transformer(use_additional_conditions=True))
+    calls = calls_of(pipeline.transformer)
+    draw(pipeline, height=8, width=16)
+    assert calls[0]["added_cond_kwargs"]["resolution"].tolist() == [[8, 16]] * 2
+    assert calls[0]["added_cond_kwargs"]["aspect_ratio"].tolist() == [[0.5]] * 2
+
+
+def test_a_lora_adapter_weighs_what_attention_kwargs_say(pipeline):
+    plain = draw(pipeline)
+    pipeline.transformer.add_adapter(LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert not close(draw(pipeline), plain)
+    assert close(draw(pipeline, attention_kwargs={"scale": 0.0}), plain)
+
+
+def test_lora_weights_are_saved_and_loaded(pipeline, tmp_path):
+    plain = draw(pipeline)
+    pipeline.transformer.add_adapter(LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights=False))
+    adapted = draw(pipeline)
+    pipeline.transformer.save_lora_adapter(tmp_path)
+    pipeline.unload_lora_weights()
+    assert close(draw(pipeline), plain)
+    pipeline.load_lora_weights(tmp_path)
+    assert close(draw(pipeline), adapted)
+
+
+# Callbacks
+
+
+def test_a_callback_sees_every_step_and_the_tensors_it_asks_for(pipeline):
+    seen = []
+
+    def look(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), float(pipe.current_timestep), sorted(tensors)))
+        return {}
+
+    names = list(pipeline._callback_tensor_inputs)
+    draw(pipeline, callback_on_step_end=look, callback_on_step_end_tensor_inputs=names)
+    timesteps = pipeline.scheduler.timesteps.tolist()
+    assert seen == [(step, timestep, timestep, sorted(names)) for step, timestep in enumerate(timesteps)]
+    assert pipeline.current_timestep is None
+
+
+def test_a_callback_may_return_nothing(pipeline):
+    assert torch.equal(draw(pipeline), draw(pipeline, callback_on_step_end=lambda *arguments: None))
+
+
+def test_latents_that_a_callback_returns_are_used(pipeline):
+    def blacken(pipe, step, timestep, tensors):
+        return {"latents": torch.zeros_like(tensors["latents"])} if step == 3 else {}
+
+    assert not draw(pipeline, callback_on_step_end=blacken).any()
+
+
+def test_embeddings_that_a_callback_returns_are_used_from_the_next_step_on(pipeline):
+    blue, mask, *_ = pipeline.encode_prompt("blue", do_classifier_free_guidance=False)
+    calls = calls_of(pipeline.transformer)
+    draw(
+        pipeline,
+        callback_on_step_end=lambda *arguments: {"prompt_embeds": blue, "prompt_attention_mask": mask},
+        callback_on_step_end_tensor_inputs=["prompt_embeds"],
+    )
+    assert not torch.equal(calls[0]["encoder_hidden_states"][1:], blue)
+    assert all(torch.equal(call["encoder_hidden_states"][1:], blue) for call in calls[1:])
+
+
+def test_a_callback_object_of_diffusers_brings_its_own_tensor_names(pipeline):
+    class Blacken(PipelineCallback):
+        tensor_inputs = ["latents", "prompt_embeds"]
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            assert sorted(callback_kwargs) == self.tensor_inputs
+            return {"latents": torch.zeros_like(callback_kwargs["latents"])}
+
+    assert not draw(pipeline, callback_on_step_end=Blacken()).any()
+
+
+def test_an_interrupted_call_ends_with_the_latents_it_has(pipeline):
+    latents = []
+
+    def interrupt(pipe, step, timestep, tensors):
+        latents.append(tensors["latents"])
+        pipe._interrupt = step == 1
+
+    calls = calls_of(pipeline.transformer)
+    image = draw(pipeline, callback_on_step_end=interrupt)
+    assert len(calls) == 2 and torch.equal(image, latents[-1])
+    assert not torch.equal(draw(pipeline), image)  # the next call is not interrupted
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistep", "HeunDiscrete", "FlowMatchHeunDiscrete"])
+def test_the_progress_bar_counts_steps(pipeline, name, capsys):
+    pipeline.scheduler = scheduler(f"{name}Scheduler")
+    pipeline.set_progress_bar_config(disable=False)
+    draw(pipeline)
+    assert "4/4" in capsys.readouterr().err
+
+
+# Autoencoders, precision, folders
+
+
+def test_latents_are_decoded_by_the_autoencoder(make_pipeline, latent_components):
+    pipeline = make_pipeline(**latent_components)
+    pipeline.vae.register_to_config(scaling_factor=0.5, shift_factor=0.25)
+    latents = draw(pipeline)
+    assert latents.shape == (1, 4, 8, 8)
+    with torch.no_grad():
+        decoded = pipeline.vae.decode(latents / 0.5 + 0.25).sample
+    assert close(draw(pipeline, output_type="pt"), (decoded / 2 + 0.5).clamp(0, 1))
+    assert draw(pipeline, output_type="pil", height=20, width=24)[0].size == (24, 20)
+
+
+def test_decoding_in_slices_draws_the_same(make_pipeline, latent_components):
+    pipeline = make_pipeline(**latent_components)
+    at_once = draw(pipeline, num_images_per_prompt=3, output_type="pt")
+    pipeline.vae.enable_slicing()
+    assert close(at_once, draw(pipeline, num_images_per_prompt=3, output_type="pt"))
+
+
+def test_decoding_in_tiles_draws_nearly_the_same(make_pipeline, latent_components):
+    pipeline = make_pipeline(**latent_components)
+    at_once = draw(pipeline, output_type="pt", height=32, width=32)
+    pipeline.vae.enable_tiling()
+    pipeline.vae.tile_latent_min_size, pipeline.vae.tile_sample_min_size = 8, 16
+    tiled = draw(pipeline, output_type="pt", height=32, width=32)
+    assert tiled.shape == at_once.shape and not torch.equal(tiled, at_once)
+    assert (tiled - at_once).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("pipeline_class", [LocalDiTPipeline, LocalDiTImg2ImgPipeline])
+def test_components_are_offloaded_in_the_order_of_their_use(pipeline_class):
+    assert pipeline_class.model_cpu_offload_seq == "text_encoder->transformer->vae"
+
+
+def test_a_pipeline_in_bfloat16_draws(pipeline):
+    reference = draw(pipeline, output_type="pt")
+    image = draw(pipeline.to(torch.bfloat16), output_type="pt")
+    assert (image.float() - reference).abs().mean() < 0.05
+
+
+def test_a_saved_pipeline_draws_the_same_bits(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    for loaded in (LocalDiTPipeline.from_pretrained(tmp_path), LocalDiTPipeline.from_pretrained(str(tmp_path))):
+        assert torch.equal(draw(loaded), draw(pipeline))
+
+
+def test_a_saved_latent_pipeline_draws_the_same_bits(make_pipeline, latent_components, tmp_path):
+    pipeline = make_pipeline(**latent_components)
+    pipeline.save_pretrained(tmp_path)
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path)
+    assert torch.equal(draw(loaded, output_type="pt"), draw(pipeline, output_type="pt"))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loader", [LocalDiTPipeline, diffusers.DiffusionPipeline])
+def test_weights_stored_in_half_precision_come_back_in_fp32(pipeline, tmp_path, loader, stored):
+    reference = draw(pipeline, output_type="pt")
+    pipeline.to(stored).save_pretrained(tmp_path)
+    loaded = loader.from_pretrained(tmp_path)
+    assert loaded.transformer.dtype == loaded.text_encoder.dtype == torch.float32
+    assert (draw(loaded, output_type="pt") - reference).abs().max() < 0.02
+    asked = {"text_encoder": torch.bfloat16, "default": torch.float32}
+    loaded = loader.from_pretrained(tmp_path, dtype=asked)
+    assert (loaded.transformer.dtype, loaded.text_encoder.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_text_encoder_in_half_precision_serves_a_transformer_in_fp32(pipeline):
+    reference = draw(pipeline, output_type="pt")
+    pipeline.text_encoder.half()
+    assert (draw(pipeline, output_type="pt") - reference).abs().max() < 0.02
+
+
+def test_a_component_can_be_given_instead_of_loaded(model_folder, pipeline):
+    loaded = LocalDiTPipeline.from_pretrained(model_folder, text_encoder=None, transformer=pipeline.transformer)
+    assert loaded.text_encoder is None and loaded.transformer is pipeline.transformer
+
+
+def test_a_call_without_settings_uses_those_of_the_folder(make_pipeline, tmp_path):
+    defaults = {
+        "height": 8,
+        "width": 12,
+        "num_inference_steps": 3,
+        "guidance_scale": 1.5,
+        "strength": 0.4,
+        "max_sequence_length": 6,
+    }
+    make_pipeline(call_defaults=defaults).save_pretrained(tmp_path)
+    pipeline = LocalDiTPipeline.from_pretrained(tmp_path)
+    assert pipeline.config.call_defaults == defaults
+    calls = calls_of(pipeline.transformer)
+    image = pipeline(PROMPT).images[0]
+    assert image.size == (12, 8) and len(calls) == 3 and pipeline.guidance_scale == 1.5
+    assert calls[0]["encoder_hidden_states"].shape[1] == 6
+    assert draw(pipeline, height=16, num_inference_steps=1).shape[-2:] == (16, 12) and len(calls) == 4
+
+
+def test_without_call_defaults_the_size_is_the_transformers_own(make_pipeline):
+    pipeline = make_pipeline(call_defaults=None)
+    assert pipeline(PROMPT, num_inference_steps=1).images[0].size == (16, 16)
+    assert pipeline.guidance_scale == 4.5 and pipeline.call_default("num_inference_steps", None) == 20
