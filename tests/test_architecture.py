@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import sys
 from pathlib import Path
 
 import pytest
 
+import config
 import localdit
 from config import ModelConfig
 from localdit import LocalDiTTransformer2DModel
@@ -29,6 +31,7 @@ def python_files(*places: str) -> list[Path]:
     return sorted(path.relative_to(ROOT) for path in found)
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(encoding="utf-8"))
 
@@ -147,8 +150,6 @@ def test_model_config_is_the_models_signature():
 
 
 def test_every_name_in_a_config_is_an_annotated_frozen_field():
-    import config
-
     classes = [value for value in vars(config).values() if isinstance(value, type) and value.__module__ == "config"]
     assert ModelConfig in classes
     for cls in classes:

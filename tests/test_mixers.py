@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localdit.mixers import MIXERS, check_mixers
 from localdit.mixers.window import build_window_layout, cached_window_layout, scheduled_shift
@@ -136,9 +137,6 @@ def assert_equals_reference(attn, grid, batch_size, **reference_options):
         assert difference < 2e-5, f"gradient of {name} is off by {difference}"
 
 
-# --- window attention equals dense attention under a mask
-
-
 @pytest.mark.parametrize("window_size", WINDOW_SIZES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_window_attention_is_dense_attention_under_a_mask(grid, window_size):
@@ -189,9 +187,6 @@ def test_a_grid_and_its_transpose_are_not_mistaken_for_each_other():
     attn = shifted(4, 2)
     for grid in [(16, 4), (4, 16), (8, 8), (2, 32)]:
         assert_equals_reference(attn, grid, 1, window_size=4, shift=2)
-
-
-# --- who influences whom
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])
@@ -250,9 +245,6 @@ def test_pictures_of_a_batch_do_not_influence_each_other():
     together = attn(hidden_states, (5, 8))
     apart = torch.cat([attn(picture[None], (5, 8)) for picture in hidden_states])
     torch.testing.assert_close(together, apart, **NEAR)
-
-
-# --- the layout of windows
 
 
 def random_layouts(count):
@@ -325,9 +317,6 @@ def test_layout_of_inference_serves_training_afterwards():
     torch.testing.assert_close(output, expected, **NEAR)
 
 
-# --- shift schedules
-
-
 @pytest.mark.parametrize(
     ("schedule", "window_size", "shifts"),
     [
@@ -346,9 +335,6 @@ def test_shift_schedule_names_the_shift_of_each_layer(schedule, window_size, shi
     assert [scheduled_shift(schedule, layer, window_size) for layer in range(6)] == shifts
     mixers = [MIXERS["window"](1, 4, n, None, window_size=window_size, shift_schedule=schedule) for n in range(6)]
     assert [mixer.shift for mixer in mixers] == shifts
-
-
-# --- fast paths
 
 
 @pytest.mark.parametrize("options", [{}, {"global_context": 2}, {"relative_position_bias": True}], ids=str)
@@ -423,9 +409,6 @@ def test_a_row_without_any_key_stays_finite(dtype):
             assert all(states.isfinite().all() for states in (output, *gradients))
 
 
-# --- rotary embedding
-
-
 def test_rotation_keeps_the_length_of_every_channel_pair():
     states = torch.randn(2, 30, HEADS, HEAD_DIM)
     cosine, sine = rotary_table(grid_positions(5, 6), HEAD_DIM, THETA)
@@ -478,17 +461,14 @@ def test_angles_are_exact_for_half_precision_states():
     assert not torch.equal(rotated[0], rotated[1])
 
 
-# --- bad input
-
-
 WINDOW = {"num_attention_heads": 2, "attention_head_dim": 8, "layer": 0, "rope_theta": THETA}
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"window_size": 0}, ["window_size=0", "1 or more"]),
-        ({"window_size": -3}, ["window_size=-3", "1 or more"]),
+        ({"window_size": 0}, ["window_size=0", "at least 1"]),
+        ({"window_size": -3}, ["window_size=-3", "at least 1"]),
         ({"shift_schedule": "sine"}, ["'sine'", "'swin'", "'cyclic'", "'none'"]),
         ({"shift_schedule": ()}, ["()", "'swin'", "'cyclic'", "'none'"]),
         ({"shift_schedule": 2}, ["2", "'swin'", "'cyclic'", "'none'"]),
@@ -530,3 +510,16 @@ def test_unknown_mixers_and_options_are_refused_with_the_known_ones(token_mixers
 def test_unknown_qk_norm_is_refused():
     with pytest.raises(ValueError, match="'layer'.*'rms_norm' or None"):
         make_attention(qk_norm="layer")
+
+
+def test_a_memory_estimate_with_fake_tensors_leaves_no_trace():
+    attn, grid = make_attention(window_size=3), (7, 11)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        attn(torch.empty(1, 77, WIDTH), grid)
+    with torch.no_grad():
+        assert type(attn(torch.randn(1, 77, WIDTH), grid)) is torch.Tensor
+
+
+def test_an_empty_batch_stays_empty():
+    with torch.no_grad():
+        assert make_attention(window_size=3)(torch.empty(0, 12, WIDTH), (3, 4)).shape == (0, 12, WIDTH)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers.callbacks import PipelineCallback
+from peft import LoraConfig, get_peft_model_state_dict
+
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
-from peft import LoraConfig
 
 PROMPT = "a red seven"
 DIFFUSION_SAMPLERS = ["DDPM", "DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete"]
@@ -159,8 +160,8 @@ def test_dpm_solver_and_euler_converge_to_one_picture_on_a_network_of_clean_pict
         pipeline.scheduler = sampler
         return draw(pipeline, num_inference_steps=steps, guidance_scale=1.0, height=8, width=8)
 
-    few, many = ((drawn_by(solver, steps) - drawn_by(euler, steps)).abs() for steps in (20, 200))
-    assert many.max() < 0.05 and many.mean() < few.mean() / 4
+    few, many = ((drawn_by(solver, steps) - drawn_by(euler, steps)).abs() for steps in (15, 120))
+    assert many.max() < 0.06 and many.mean() < few.mean() / 4
 
 
 def test_a_flow_sampler_still_knows_the_prediction_type_after_saving(pipeline, tmp_path):
@@ -225,7 +226,8 @@ def test_a_learned_variance_is_left_out(pipeline, tiny_transformer, make_pipelin
 
 def test_embeddings_in_place_of_prompts_draw_the_same(pipeline):
     names = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "negative_prompt_attention_mask")
-    encoded = dict(zip(names, pipeline.encode_prompt(["red", "blue"], "seven"), strict=True))
+    with torch.no_grad():
+        encoded = dict(zip(names, pipeline.encode_prompt(["red", "blue"], "seven"), strict=True))
     by_text = draw(pipeline, ["red", "blue"], negative_prompt="seven", num_images_per_prompt=2)
     pipeline.text_encoder = pipeline.tokenizer = None
     assert torch.equal(by_text, draw(pipeline, None, **encoded, num_images_per_prompt=2))
@@ -300,7 +302,7 @@ def test_lora_weights_are_saved_and_loaded(pipeline, tmp_path):
     plain = draw(pipeline)
     pipeline.transformer.add_adapter(LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights=False))
     adapted = draw(pipeline)
-    pipeline.transformer.save_lora_adapter(tmp_path)
+    pipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer))
     pipeline.unload_lora_weights()
     assert close(draw(pipeline), plain)
     pipeline.load_lora_weights(tmp_path)

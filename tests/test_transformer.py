@@ -212,16 +212,13 @@ class Reference:
         return sample
 
 
-# --- the arithmetic
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         TEXT,
         CLASSES,
         UNCONDITIONAL,
-        {"caption_channels": 0, "num_classes": 0},
+        {"caption_channels": 0},
         SIZES,
         {**CLASSES, **SIZES},
         {"attention_residual": True},
@@ -312,9 +309,6 @@ def test_a_tuple_is_returned_on_request():
     assert torch.equal(sample, call(model, **inputs))
 
 
-# --- text masks
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_masked_text_has_no_influence(dtype):
     model = make_model().to(dtype)
@@ -356,9 +350,6 @@ def test_without_a_mask_all_text_is_read():
     inputs["encoder_attention_mask"] = None
     with torch.no_grad():
         torch.testing.assert_close(call(model, **inputs), call(model, **everything), **NEAR)
-
-
-# --- mixers, layer by layer
 
 
 def mixers_of(model):
@@ -437,9 +428,6 @@ def test_refused_mixers_leave_the_model_as_it_was():
     assert dict(model.config) == config
 
 
-# --- precision, memory, speed
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("changes", [TEXT, CLASSES, SIZES], ids=str)
 def test_half_precision_is_finite_and_close_to_fp32(changes, dtype):
@@ -457,6 +445,7 @@ def test_half_precision_is_finite_and_close_to_fp32(changes, dtype):
     assert (output.float() - expected).norm() / expected.norm() < 16 * torch.finfo(dtype).eps
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_mixed_precision_trains_close_to_fp32():
     model = make_model(mixer_options=EVERY_PARAMETER).train()
     inputs = make_inputs(model)
@@ -564,9 +553,6 @@ def test_layerwise_casting_keeps_weights_in_eight_bits_and_computes_in_more():
     assert (output - expected).norm() / expected.norm() < 0.2
 
 
-# --- saving and loading
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -621,9 +607,6 @@ def test_half_precision_loads_as_asked(tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
-# --- adapters
-
-
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -674,9 +657,6 @@ def test_adapters_are_saved_and_loaded_alone(tmp_path):
         torch.testing.assert_close(call(loaded, **inputs), call(model, **inputs), **NEAR)
 
 
-# --- bad input
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -686,11 +666,15 @@ def test_adapters_are_saved_and_loaded_alone(tmp_path):
         ({"token_mixers": ()}, ["token_mixers is empty", "'full'", "'window'"]),
         ({"token_mixers": ("window", "widow")}, ["'widow'", "'full'", "'window'"]),
         ({"mixer_options": {"window": {"size": 2}}}, ["'size'", "window_size"]),
-        ({"mixer_options": {"window": {"window_size": 0}}}, ["window_size=0", "1 or more"]),
+        ({"mixer_options": {"window": {"window_size": 0}}}, ["window_size=0", "at least 1"]),
         ({"num_attention_heads": 1, "attention_head_dim": 6, "rope_theta": None}, ["= 6", "multiple of 4"]),
         ({"attention_head_dim": 6}, ["attention_head_dim=6", "multiple of 4", "rope_theta=None"]),
         ({"attention_head_dim": 8, **SIZES}, ["16", "multiple of 3"]),
         ({"qk_norm": "layer"}, ["'layer'", "'rms_norm'"]),
+        ({"activation_fn": "relu"}, ["'relu'", "'gelu-approximate'"]),
+        ({"num_layers": 0}, ["num_layers=0", "at least 1"]),
+        ({"caption_channels": None, "num_classes": 0}, ["num_classes=0", "at least 1"]),
+        ({"mixer_options": {"window": None}}, ["'window'", "None", "dictionary"]),
     ],
     ids=str,
 )
@@ -738,3 +722,27 @@ def test_unknown_arguments_are_refused():
     model = make_model(num_layers=1)
     with pytest.raises(TypeError, match="text_embeds"):
         model(**make_inputs(model), text_embeds=None)
+
+
+def test_a_single_timestep_stands_for_the_whole_batch():
+    model = make_model()
+    inputs = make_inputs(model)
+    inputs["timestep"] = torch.full_like(inputs["timestep"], 250.0)
+    with torch.no_grad():
+        whole = call(model, **inputs)
+        for single in (250.0, torch.tensor(250.0)):
+            assert torch.equal(call(model, **{**inputs, "timestep": single}), whole)
+
+
+def test_a_frozen_model_stays_frozen_with_new_mixers():
+    model = make_model().requires_grad_(False)
+    model.set_token_mixers("window", {"window": {"window_size": 2, "global_context": 2}})
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_config_does_not_change_with_the_options_it_was_made_from():
+    options = {"window": {"window_size": 2}}
+    model = make_model()
+    model.set_token_mixers("window", options)
+    options["window"]["window_size"] = 7
+    assert model.config.mixer_options == {"window": {"window_size": 2}}

@@ -51,11 +51,15 @@ class DigitSceneReader(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.cells = nn.Sequential(*_convolution(3, 32, kernel_size=4, stride=4), *_convolution(32, 48))
+        self.cells = nn.Sequential(
+            *_convolution(3, 24, kernel_size=4, stride=2),
+            *_convolution(24, 48, kernel_size=4, stride=2),
+            *_convolution(48, 48),
+        )
         self.surroundings = nn.Sequential(
             *_convolution(48, 48, kernel_size=4, stride=2), *_convolution(48, 48), *_convolution(48, 48)
         )
-        self.merge = nn.Sequential(*_convolution(48, 48))
+        self.merge = nn.Sequential(*_convolution(48, 48), *_convolution(48, 48))
         self.cell_head = nn.Conv2d(48, 3 + len(COLOURS), 1)
         self.background_head = nn.Linear(48, len(BACKGROUNDS))
         self.recognise = nn.Sequential(

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None):
     commands = parser.add_subparsers(required=True, dest="command")
     train = commands.add_parser("train", help="train a reader on the test split of the handwritten digits")
     train.add_argument("--output", type=Path, required=True, help="where to save the reader, a .safetensors file")
-    train.add_argument("--steps", type=int, default=3500, help="batches of 32 scenes")
+    train.add_argument("--steps", type=int, default=2500, help="batches of 32 scenes")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--bf16", action="store_true", help="faster on a CPU with bfloat16 instructions")
     train.add_argument("--hold-back", type=int, default=0, help="digits to keep for measuring and not train on")

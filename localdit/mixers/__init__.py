@@ -31,6 +31,8 @@ def check_mixers(token_mixers: tuple[str, ...], mixer_options: dict[str, dict]) 
         if name not in MIXERS:
             raise ValueError(f"token mixer {name!r} is not known; choose among {sorted(MIXERS)}.")
     for name, options in mixer_options.items():
+        if not isinstance(options, dict):
+            raise ValueError(f"mixer_options[{name!r}]={options!r} is not a dictionary of options by name.")
         known = mixer_option_names(name)
         unknown = sorted(set(options) - set(known))
         if unknown:

@@ -126,8 +126,8 @@ class WindowAttnProcessor(TokenMixer):
         global_context: int = 0,
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
-        if window_size < 1:
-            raise ValueError(f"window_size={window_size} holds no token; choose 1 or more.")
+        if not isinstance(window_size, int) or window_size < 1:
+            raise ValueError(f"window_size={window_size!r} holds no token; choose a whole number of at least 1.")
         if global_context < 0:
             raise ValueError(f"global_context={global_context} is negative; choose 0 for none, or a side such as 4.")
         self.window_size = window_size
@@ -144,7 +144,9 @@ class WindowAttnProcessor(TokenMixer):
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Mix [B, N, C] window by window: one gather in, one scatter out, and between them no token is moved."""
-        layout_of = build_window_layout if torch.compiler.is_compiling() else cached_window_layout
+        # neither a graph nor a fake tensor may leave its own layout to others
+        cacheable = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
+        layout_of = cached_window_layout if cacheable else build_window_layout
         layout = layout_of(*grid, self.window_size, self.shift, hidden_states.device)
         context = self.pool_context(attn, hidden_states, grid) if self.global_context else None
         positions = grid_positions(*grid, device=hidden_states.device)[layout.order] if context is not None else None
@@ -161,7 +163,7 @@ class WindowAttnProcessor(TokenMixer):
         """Tokens per picture in one run, or None for all at once: in training, in a graph, off the CPU."""
         if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        return max(1, CHUNK_TOKENS // hidden_states.shape[0])
+        return max(1, CHUNK_TOKENS // max(1, hidden_states.shape[0]))
 
     def mix_run(
         self,
@@ -216,7 +218,7 @@ class WindowAttnProcessor(TokenMixer):
         planes = hidden_states.mT.unflatten(-1, grid)  # [B, C, height, width]
         pooled = F.adaptive_avg_pool2d(planes, cells).flatten(2).mT  # [B, G, C]
         _, key, value = attn.to_query_key_value(pooled + self.context_embedding)
-        # a cell stands where its tokens stand on average, in tokens of the grid
+        # a cell stands at its centre, in tokens of the grid
         scale = torch.tensor([side / count for side, count in zip(grid, cells, strict=True)], device=key.device)
         centres = (grid_positions(*cells, device=key.device) + 0.5) * scale - 0.5
         (key,) = self.rotate(centres, key)

@@ -27,7 +27,7 @@ def attend(
     Returns:
         The attended values, shape [B, N, H, D].
     """
-    half_on_cpu = query.device.type == "cpu" and query.dtype != torch.float32
+    half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
     if half_on_cpu and key.shape[1] <= SMALL_KEYS and processor._attention_backend is None:
         return attend_by_matmul(query, key, value, attention_mask)
     return dispatch_attention_fn(

@@ -1,6 +1,7 @@
 """LocalDiT: a PixArt-style diffusion transformer whose token mixer is chosen layer by layer."""
 
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from localdit.mixers.base import TokenMixer
 from localdit.models.attention import CrossAttnProcessor, LocalDiTAttention
 
 # B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
+
+# what diffusers' FeedForward knows
+ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 
 
 class LocalDiTBlock(nn.Module):
@@ -174,6 +178,12 @@ class LocalDiTTransformer2DModel(
         dim = num_attention_heads * attention_head_dim
         if use_additional_conditions is None:
             use_additional_conditions = sample_size == 128
+        if activation_fn not in ACTIVATIONS:
+            raise ValueError(f"activation_fn={activation_fn!r} is not known; choose among {list(ACTIVATIONS)}.")
+        counts = {"num_layers": num_layers, "in_channels": in_channels, "num_classes": num_classes}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1.")
         _check_sizes(dim, sample_size, patch_size, caption_channels, num_classes, use_additional_conditions)
         if interpolation_scale is None:
             interpolation_scale = max(sample_size // 64, 1)
@@ -262,8 +272,9 @@ class LocalDiTTransformer2DModel(
             if isinstance(old, TokenMixer) and _shapes(old) == _shapes(mixer):
                 mixer.load_state_dict(old.state_dict())
             mixer._attention_backend = old._attention_backend
+            mixer.requires_grad_(block.scale_shift_table.requires_grad)  # a frozen model stays frozen
             block.attn.set_processor(mixer.to(self.device, self.dtype))
-        self.register_to_config(token_mixers=token_mixers, mixer_options=mixer_options)
+        self.register_to_config(token_mixers=token_mixers, mixer_options=deepcopy(mixer_options))
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -282,7 +293,7 @@ class LocalDiTTransformer2DModel(
         Args:
             hidden_states: noisy latents, shape [B, in_channels, H, W]; H and W multiples of the patch size.
             encoder_hidden_states: text states, shape [B, L, caption_channels].
-            timestep: shape [B], in [0, 1000], 0 for clean.
+            timestep: shape [B] or a single number, in [0, 1000], 0 for clean.
             added_cond_kwargs: "resolution" [B, 2] (height, width in pixels) and "aspect_ratio" [B, 1], where the model
                 has `use_additional_conditions`.
             encoder_attention_mask: [B, L] with 1 to keep, or a bias [B, 1, L] that is added to the scores.
@@ -298,6 +309,7 @@ class LocalDiTTransformer2DModel(
         """
         self._check_inputs(hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels)
         batch_size, _, height, width = hidden_states.shape
+        timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
         patch_size = self.config.patch_size
         grid = height // patch_size, width // patch_size
 
@@ -357,6 +369,10 @@ class LocalDiTTransformer2DModel(
                     f"encoder_hidden_states is {encoder_hidden_states.shape[-1]} wide, but this model was made for "
                     f"caption_channels={config.caption_channels}; use the text encoder it was trained with."
                 )
+        elif encoder_hidden_states is not None:
+            raise ValueError("encoder_hidden_states was given, but this model has no text; leave it out.")
+        if self.class_embedder is None and class_labels is not None:
+            raise ValueError("class_labels was given, but this model has no classes; leave it out.")
         if self.class_embedder is not None and class_labels is None:
             raise ValueError(
                 f"class_labels is missing; give a tensor of shape [batch] with labels 0 to {config.num_classes - 1}, "
