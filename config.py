@@ -181,6 +181,8 @@ class TrainConfig:
 
     Args:
         output_dir: folder of checkpoints, logs, samples and the trained pipeline.
+        pretrained: pipeline folder or Hub id whose weights to start from; `vae`, `model` and `text_encoder` are then
+            its own, whatever is set here.
         vae: folder or Hub id of a trained AutoencoderKL, for a model that works on its latents; None for pixels.
         model, text_encoder, data, objective, optimizer: see their classes; text_encoder is for models with captions.
         sample: the pictures drawn every `sample_every` steps; its steps and guidance become the pipeline's defaults.
@@ -199,6 +201,7 @@ class TrainConfig:
     """
 
     output_dir: str
+    pretrained: str | None = None
     vae: str | None = None
     model: ModelConfig = ModelConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -13,13 +14,18 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from transformers.utils import logging as transformers_logging
 
 PRETRAINED = Path(__file__).parent / "pretrained" / "digit-scenes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as torch says on CUDA, Linux, Windows
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
+
+
+# that the Hub does not answer, diffusers tells at length, and `load_pipeline` in one sentence
+logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(lambda record: "the Hub" not in str(record.msg))
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,10 +37,11 @@ class Parser(argparse.ArgumentParser):
 
 def available_devices() -> list[str]:
     """The names of the devices that can be computed on: "cpu", and with an accelerator as "cuda:0", "cuda"."""
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
         return ["cpu"]
-    name = torch.accelerator.current_accelerator().type
-    return ["cpu", *(f"{name}:{index}" for index in range(torch.accelerator.device_count())), name]
+    numbered = (f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))
+    return ["cpu", *numbered, accelerator.type]
 
 
 def best_device() -> str:
@@ -61,14 +68,11 @@ def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | None, de
     if not sys.stderr.isatty():
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
-    local = os.path.isdir(source)
-    if not local:
-        diffusers_logging.set_verbosity_error()  # else it tells at length of a Hub that does not answer
     try:
         pipeline = pipeline_class.from_pretrained(source, dtype=DTYPES[dtype])
     except Exception as error:  # loading fails in many ways, and each is one sentence to the user
         reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, OSError) and not local:
+        if isinstance(error, OSError) and not os.path.isdir(source):
             reason = "it is no folder here, and the Hugging Face Hub has no such model or cannot be reached."
         raise ValueError(f"--model {source!r} cannot be loaded: {shortened(reason)}") from error
     pipeline.set_progress_bar_config(disable=None)  # None shows the bar on a terminal and nowhere else
@@ -81,10 +85,10 @@ def shortened(text: str, length: int = 300) -> str:
 
 
 def read_image(path: str) -> Image.Image:
-    """Open a picture as RGB; raises a ValueError where it cannot be read or has no pixels."""
+    """Open a picture as RGB, turned the way its camera was held; raises a ValueError where it cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"--image {path!r} does not exist; give the path of a picture.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -142,7 +146,7 @@ def run(program: str, main: Callable[[], None]) -> None:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         print(f"{program}: out of memory; choose a smaller --height, --width or --num_images.", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,7 +3,6 @@
 import inspect
 import math
 import reprlib
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,7 +29,7 @@ def check_count(name: str, value: Any) -> None:
 class LocalDiTChecksMixin:
     """Checks of a call's arguments against each other and against the components."""
 
-    def check_size(self, height: int, width: int) -> None:
+    def check_size(self, height, width) -> None:
         """Raise unless both sides, in pixels, are whole numbers of tokens."""
         token = self.vae_scale_factor * self.transformer.config.patch_size  # pixels along one side of a token
         for name, side in (("height", height), ("width", width)):
@@ -79,8 +78,11 @@ class LocalDiTChecksMixin:
                 f"negative_prompt_embeds has {len(negative_prompt_embeds)} rows for {prompts} prompts; "
                 "give one for each."
             )
-        both = prompt_embeds is not None and negative_prompt_embeds is not None
-        if both and prompt_embeds.shape != negative_prompt_embeds.shape:
+        if (
+            prompt_embeds is not None
+            and negative_prompt_embeds is not None
+            and prompt_embeds.shape != negative_prompt_embeds.shape
+        ):
             raise ValueError(
                 f"prompt_embeds {list(prompt_embeds.shape)} and negative_prompt_embeds "
                 f"{list(negative_prompt_embeds.shape)} differ in shape; encode both to the same length."
@@ -89,16 +91,16 @@ class LocalDiTChecksMixin:
 
     def check_sampling(
         self,
-        num_inference_steps: int,
-        guidance_scale: float,
-        num_images_per_prompt: int,
-        max_sequence_length: int,
-        eta: float,
-        timesteps: list[int] | None,
-        sigmas: list[float] | None,
-        output_type: str,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
+        num_inference_steps,
+        guidance_scale,
+        num_images_per_prompt,
+        max_sequence_length,
+        eta,
+        timesteps,
+        sigmas,
+        output_type,
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raise for a number out of range, a schedule the sampler cannot follow, an unknown output or callback."""
         check_count("num_inference_steps", num_inference_steps)
@@ -151,7 +153,7 @@ class LocalDiTChecksMixin:
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator is a list of {len(generator)} for {batch_size} pictures; give one for each.")
 
-    def check_latents(self, latents: torch.Tensor | None, batch_size: int, height: int, width: int) -> None:
+    def check_latents(self, latents, batch_size: int, height: int, width: int) -> None:
         """Raise unless the latents have the shape that the size asks for and hold finite numbers."""
         if latents is None:
             return

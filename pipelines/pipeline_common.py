@@ -1,8 +1,9 @@
 """What the LocalDiT pipelines share: prompt encoding, the denoising loop, decoding."""
 
+import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -11,10 +12,10 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_time
 from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
 
-if is_torch_xla_available():
-    import torch_xla.core.xla_model as xm
-
+xla = importlib.import_module("torch_xla.core.xla_model") if is_torch_xla_available() else None
 logger = logging.get_logger(__name__)
+
+Setting = TypeVar("Setting")
 
 # B pictures in the batch, L text tokens, H and W of the latents
 
@@ -90,7 +91,12 @@ class LocalDiTPipelineMixin:
     def interrupt(self) -> bool:
         return self._interrupt
 
-    def call_default(self, name: str, value: Any) -> Any:
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the noise that the sampler starts from."""
+        return getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def call_default(self, name: str, value: Setting | None) -> Setting:
         """`value`, or where that is None the folder's default of that name, or else the library's."""
         if value is not None:
             return value
@@ -133,16 +139,16 @@ class LocalDiTPipelineMixin:
         """
         device = device or self._execution_device
         max_sequence_length = self.call_default("max_sequence_length", max_sequence_length)
-        if prompt_embeds is None:
-            prompt = [prompt] if isinstance(prompt, str) else prompt
-            prompt_embeds, prompt_attention_mask = self._encode_texts(prompt, max_sequence_length, device)
+        if prompt_embeds is None or prompt_attention_mask is None:
+            texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            prompt_embeds, prompt_attention_mask = self._encode_texts(texts, max_sequence_length, device)
         batch_size, tokens = prompt_embeds.shape[:2]
         dtype = self.transformer.dtype if self.transformer is not None else prompt_embeds.dtype
         prompt_embeds = _repeat_rows(prompt_embeds, num_images_per_prompt, device, dtype)
         prompt_attention_mask = _repeat_rows(prompt_attention_mask, num_images_per_prompt, device)
 
         if do_classifier_free_guidance:
-            if negative_prompt_embeds is None:
+            if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
                 texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
                 texts = texts * batch_size if len(texts) == 1 else texts
                 negative_prompt_embeds, negative_prompt_attention_mask = self._encode_texts(texts, tokens, device)
@@ -210,7 +216,8 @@ class LocalDiTPipelineMixin:
             tokens = height * width // (self.vae_scale_factor * self.transformer.config.patch_size) ** 2
             curve = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
             shift["mu"] = calculate_shift(tokens, *(self.scheduler.config.get(*item) for item in curve.items()))
-        return retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas, **shift)
+        schedule = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas, **shift)
+        return cast(tuple[torch.Tensor, int], schedule)
 
     def size_conditions(self, batch_size: int, height: int, width: int) -> dict[str, torch.Tensor] | None:
         """Resolution [B, 2] in pixels and aspect ratio [B, 1], for a transformer that was trained with them."""
@@ -226,13 +233,13 @@ class LocalDiTPipelineMixin:
         self,
         latents: torch.Tensor,
         timesteps: torch.Tensor,
-        conditions: dict[str, torch.Tensor | None],
+        conditions: dict[str, Any],
         height: int,
         width: int,
         generator: torch.Generator | list[torch.Generator] | None,
         eta: float,
         callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: list[str],
+        callback_on_step_end_tensor_inputs: Iterable[str],
     ) -> torch.Tensor:
         """Run the sampler over `timesteps`; `conditions` maps the names that `encode_prompt` returns to its tensors."""
         step_arguments = _supported(self.scheduler.step, generator=generator, eta=eta)
@@ -253,8 +260,8 @@ class LocalDiTPipelineMixin:
                 last = index == len(timesteps) - 1
                 if last or (index + 1 > warmup_steps and (index + 1) % self.scheduler.order == 0):
                     progress_bar.update()
-                if is_torch_xla_available():
-                    xm.mark_step()
+                if xla is not None:
+                    xla.mark_step()
         self._current_timestep = None
         return latents
 
@@ -262,7 +269,7 @@ class LocalDiTPipelineMixin:
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
-        conditions: dict[str, torch.Tensor | None],
+        conditions: dict[str, Any],
         height: int,
         width: int,
     ) -> torch.Tensor:
@@ -292,7 +299,7 @@ class LocalDiTPipelineMixin:
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
         return sample_to_velocity(prediction, latents, timestep, self.scheduler)
 
-    def decode(self, latents: torch.Tensor, output_type: str):
+    def decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Turn latents into pictures of the asked type (or leave them for "latent")."""
         if output_type == "latent":
             return latents

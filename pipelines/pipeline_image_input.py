@@ -1,7 +1,6 @@
 """What the LocalDiT pipelines that start from a picture share: checking, encoding and noising it."""
 
 import reprlib
-from numbers import Real
 
 import numpy as np
 import torch
@@ -65,9 +64,9 @@ def as_unit_range(picture, signed: bool):
 class LocalDiTImageInputMixin:
     """From a picture and a strength to the noisy latents and the timesteps that are left."""
 
-    def check_strength(self, strength: float) -> None:
+    def check_strength(self, strength) -> None:
         """Raise unless strength is a number in [0, 1]."""
-        if not isinstance(strength, Real) or isinstance(strength, bool) or not 0 <= strength <= 1:
+        if not isinstance(strength, int | float | np.floating) or isinstance(strength, bool) or not 0 <= strength <= 1:
             raise ValueError(f"strength={strength!r} is not a number in [0, 1]; 0 returns the picture, 1 ignores it.")
 
     def check_image(self, image, prompts: int, height: int, width: int) -> None:
@@ -143,7 +142,7 @@ class LocalDiTImageInputMixin:
         if not len(timesteps):
             return clean
         if strength == 1:
-            return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            return noise * self.init_noise_sigma
         start = timesteps[:1].expand(len(clean))
         if hasattr(self.scheduler, "scale_noise"):  # flow matching
             return self.scheduler.scale_noise(clean, start, noise)

@@ -75,34 +75,32 @@ def _may_be_hub_id(source: str) -> bool:
 def check_folder(folder: Path, given: dict[str, Any]) -> None:
     """Raise a ValueError that names the first file of a pipeline's folder that is missing or damaged."""
     index = _read_json(folder / "model_index.json")
+    for name in ("transformer", "scheduler"):
+        if name not in {**index, **given}:
+            raise ValueError(f"{folder / 'model_index.json'} names no {name}; give a folder of a LocalDiT pipeline.")
     for name, entry in index.items():
-        if name not in CONFIG_FILES or name in given or not isinstance(entry, list) or entry[0] is None:
-            continue
-        _read_json(folder / name / CONFIG_FILES[name])
-        for file in (folder / name).glob("*.json"):
-            _read_json(file)
-        if name in MODELS:
-            _check_weights(folder / name)
+        if name in CONFIG_FILES and name not in given and isinstance(entry, list) and any(entry):
+            _read_json(folder / name / CONFIG_FILES[name])
+            for file in (folder / name).glob("*.json"):
+                _read_json(file)
+            if name in MODELS:
+                _check_weights(folder / name)
 
 
 def _check_weights(folder: Path) -> None:
-    shards = {folder / shard for index in folder.glob("*.index*.json") for shard in _shards(index)}
-    weights = [file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)]
-    if not weights and not shards:
+    weights = {file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)}
+    if not weights:
         raise ValueError(f"The weights of {folder} are missing (*.safetensors); {WAY_OUT}.")
-    for file in sorted({*weights, *shards}):
-        if not file.is_file():
-            raise ValueError(f"{file} is missing; {WAY_OUT}.")
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt"):
-                    pass
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} is damaged ({error}); {WAY_OUT}.") from error
-
-
-def _shards(index: Path) -> set[str]:
-    return set(_read_json(index).get("weight_map", {}).values())
+    for index in folder.glob("*.index*.json"):
+        shards = {folder / name for name in _read_json(index).get("weight_map", {}).values()}
+        if shards & weights and shards - weights:  # an index none of whose shards is there belongs to another variant
+            raise ValueError(f"{min(shards - weights)} is missing; {WAY_OUT}.")
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{file} is damaged ({error}); {WAY_OUT}.") from error
 
 
 def _read_json(file: Path) -> dict:

@@ -174,17 +174,17 @@ class LocalDiTPipeline(
         }
 
         # 3. Prepare timesteps and latents
-        timesteps, self._num_timesteps = self.set_timesteps(
+        schedule, self._num_timesteps = self.set_timesteps(
             num_inference_steps, timesteps, sigmas, height, width, device
         )
         if latents is None:
             latents = self.prepare_noise(batch_size, height, width, prompt_embeds.dtype, device, generator)
-        latents = latents.to(device) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        latents = latents.to(device) * self.init_noise_sigma
 
         # 4. Denoise
         latents = self.denoise(
             latents,
-            timesteps,
+            schedule,
             conditions,
             height,
             width,

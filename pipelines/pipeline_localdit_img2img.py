@@ -190,19 +190,19 @@ class LocalDiTImg2ImgPipeline(
         }
 
         # 3. Prepare timesteps and latents
-        timesteps, self._num_timesteps = self.set_timesteps(
+        schedule, self._num_timesteps = self.set_timesteps(
             num_inference_steps, timesteps, sigmas, height, width, device
         )
-        timesteps, self._num_timesteps = self.last_timesteps(timesteps, self._num_timesteps, strength)
+        schedule, self._num_timesteps = self.last_timesteps(schedule, self._num_timesteps, strength)
         clean = self.encode_image(image, batch_size, height, width, prompt_embeds.dtype, device)
         if latents is None:
             latents = self.prepare_noise(batch_size, height, width, prompt_embeds.dtype, device, generator)
-        latents = self.add_noise(clean, latents.to(clean), timesteps, strength)
+        latents = self.add_noise(clean, latents.to(clean), schedule, strength)
 
         # 4. Denoise
         latents = self.denoise(
             latents,
-            timesteps,
+            schedule,
             conditions,
             height,
             width,

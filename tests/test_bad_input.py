@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shutil
 
 import diffusers
@@ -259,7 +258,20 @@ def test_a_damaged_folder_is_named_with_the_file(folder, damage):
     harm(folder)
     for pipeline_class in (LocalDiTPipeline, LocalDiTImg2ImgPipeline):
         message = refused(lambda cls=pipeline_class: cls.from_pretrained(folder), phrases)
-        assert re.search("copy or download the folder anew", message)
+        assert "copy or download the folder anew" in message
+
+
+def test_a_folder_of_another_kind_is_refused(folder):
+    (folder / "model_index.json").write_text(
+        '{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet"]}'
+    )
+    refused(lambda: LocalDiTPipeline.from_pretrained(folder), ["names no transformer", "LocalDiT pipeline"])
+
+
+def test_an_index_of_shards_that_another_variant_has_is_no_damage(folder):
+    index = {"weight_map": {"proj_out.bias": "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"}}
+    (folder / "transformer/diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    assert LocalDiTPipeline.from_pretrained(folder)
 
 
 def test_a_damaged_component_that_is_given_instead_does_not_matter(folder, pipeline):

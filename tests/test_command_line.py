@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import diffusers
 import huggingface_hub
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ PROMPT = "a red seven"
 def call(monkeypatch, tmp_path, capsys, model_folder):
     """The caller of a script in this process, in an empty folder: returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
-    verbosity = diffusers.utils.logging.get_verbosity()
 
     def call(program, *arguments, prompt=(PROMPT,), model=model_folder):
         prompt = ["--prompt", *prompt] if prompt else []
@@ -34,8 +32,7 @@ def call(monkeypatch, tmp_path, capsys, model_folder):
             code = error.code
         return code, *capsys.readouterr()
 
-    yield call
-    diffusers.utils.logging.set_verbosity(verbosity)
+    return call
 
 
 @pytest.fixture
@@ -227,6 +224,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_model_is_loade
         (KeyboardInterrupt(), 130, "interrupted."),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), 2, "out of memory; choose a smaller"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory; choose a smaller"),
+        (MemoryError(), 2, "out of memory; choose a smaller"),
         (ValueError("one\n  two."), 2, "one two."),
     ],
 )

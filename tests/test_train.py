@@ -274,6 +274,17 @@ def test_a_transformer_trains_on_the_latents_of_a_trained_autoencoder(tmp_path, 
     assert pipeline("a red seven on a black background").images[0].size == (64, 64)
 
 
+def test_a_run_can_start_from_the_weights_of_a_pipeline(tmp_path):
+    first = Trainer(tiny_config(tmp_path / "first"))
+    first.train()
+    config = tiny_config(tmp_path / "second", pretrained=str(tmp_path / "first" / "pipeline"), model=ModelConfig())
+    second = Trainer(config)
+    for mine, theirs in zip(second.denoiser.parameters(), first.ema.shadow_params, strict=True):
+        assert torch.equal(mine, theirs)
+    second.train()
+    assert DiffusionPipeline.from_pretrained(tmp_path / "second" / "pipeline").transformer.config.num_layers == 2
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=2)).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -288,7 +299,8 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"data": DataConfig(name="imagefolder")}, "data.path=None is not a folder"),
         ({"data": DataConfig(resolution=32)}, "data.resolution=32"),
         ({"text_encoder": TextEncoderConfig(d_model=32)}, "text_encoder.d_model=32"),
-        ({"model": ModelConfig(in_channels=4)}, "model.in_channels=4"),
+        ({"model": ModelConfig(in_channels=4, caption_channels=16)}, "model.in_channels=4"),
+        ({"pretrained": "nowhere"}, "pretrained='nowhere' cannot be loaded"),
         ({"vae": "nowhere"}, "vae='nowhere' holds no autoencoder"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"max_steps": 0}, "max_steps=0"),

@@ -1,4 +1,6 @@
-"""The networks of a run: built from the config, wrapped for training, saved as a pipeline."""
+"""The networks of a run: built or loaded, wrapped for training, made into a pipeline."""
+
+from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
@@ -6,7 +8,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from config import TextEncoderConfig, TrainConfig
+from config import DataConfig, TextEncoderConfig, TrainConfig
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from train.objective import sampling_scheduler
 
@@ -76,21 +78,87 @@ class Denoiser(nn.Module):
         )[0]
 
 
-def load_vae(folder: str | None) -> AutoencoderKL | None:
-    """The autoencoder of a folder, in fp32, or None for a model that works on pixels."""
-    if folder is None:
+@dataclass
+class Networks:
+    """What a run trains, and what it needs beside: a tokenizer for captions, an autoencoder for latents (or None)."""
+
+    denoiser: Denoiser
+    tokenizer: PreTrainedTokenizerFast | None
+    vae: AutoencoderKL | None
+
+    def pipeline(self, config: TrainConfig):
+        """The pipeline of a run, with the run's sampling settings as its defaults."""
+        sample = config.sample
+        defaults = {
+            "num_inference_steps": sample.num_inference_steps,
+            "guidance_scale": sample.guidance_scale,
+            "strength": sample.strength,
+            "max_sequence_length": self.tokenizer.model_max_length if self.tokenizer is not None else None,
+        }
+        return LocalDiTPipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.denoiser.text_encoder,
+            vae=self.vae,
+            transformer=self.denoiser.transformer,
+            scheduler=sampling_scheduler(config.objective),
+            call_defaults={name: value for name, value in defaults.items() if value is not None},
+        )
+
+
+def build_networks(config: TrainConfig, words: list[str]) -> Networks:
+    """New networks as the config describes them, or those of the pipeline that `config.pretrained` names."""
+    networks = new_networks(config, words) if config.pretrained is None else load_networks(config.pretrained)
+    networks.denoiser.train()
+    if config.gradient_checkpointing:
+        networks.denoiser.transformer.enable_gradient_checkpointing()
+    return networks
+
+
+def new_networks(config: TrainConfig, words: list[str]) -> Networks:
+    """Networks with random weights, but for the autoencoder, which is trained before."""
+    text, caption_channels = config.text_encoder, config.model.caption_channels
+    if caption_channels is not None and caption_channels != text.d_model:
+        raise ValueError(
+            f"model.caption_channels={caption_channels} differs from text_encoder.d_model={text.d_model}; "
+            "make them equal."
+        )
+    vae = load_vae(config.vae)
+    transformer = LocalDiTTransformer2DModel(**vars(config.model))
+    if caption_channels is None:
+        return Networks(Denoiser(transformer, None), None, vae)
+    tokenizer = build_tokenizer(words, text.max_sequence_length)
+    return Networks(Denoiser(transformer, build_text_encoder(text, len(tokenizer))), tokenizer, vae)
+
+
+def load_networks(source: str) -> Networks:
+    """The networks of a pipeline folder or Hub id, in fp32."""
+    try:
+        pipeline = LocalDiTPipeline.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"pretrained={source!r} cannot be loaded ({str(error).splitlines()[0]}); "
+            "name a complete LocalDiTPipeline folder or Hub id."
+        ) from error
+    if pipeline.vae is not None:
+        pipeline.vae.eval().requires_grad_(False)
+    return Networks(Denoiser(pipeline.transformer, pipeline.text_encoder), pipeline.tokenizer, pipeline.vae)
+
+
+def load_vae(source: str | None) -> AutoencoderKL | None:
+    """The autoencoder of a folder or Hub id, in fp32, or None for a model that works on pixels."""
+    if source is None:
         return None
     try:
-        return AutoencoderKL.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+        return AutoencoderKL.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
     except OSError as error:
         raise ValueError(
-            f"vae={folder!r} holds no autoencoder; train one with python -m train.autoencoder, or name its folder."
+            f"vae={source!r} holds no autoencoder; train one with python -m train.autoencoder, or name its folder."
         ) from error
 
 
-def check_components(config: TrainConfig, vae: AutoencoderKL | None, channels: int, classes: list[str] | None) -> None:
+def check_networks(networks: Networks, data: DataConfig, channels: int, classes: list[str] | None) -> None:
     """Raise a ValueError where the model does not fit the data or the autoencoder."""
-    model, data = config.model, config.data
+    model, vae = networks.denoiser.transformer.config, networks.vae
     if vae is not None:
         channels = vae.config.latent_channels
     if model.in_channels != channels:
@@ -101,31 +169,5 @@ def check_components(config: TrainConfig, vae: AutoencoderKL | None, channels: i
     token = model.patch_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
     if data.resolution % token:
         raise ValueError(f"data.resolution={data.resolution} is not a multiple of {token} pixels (one token).")
-    if model.caption_channels is not None and model.caption_channels != config.text_encoder.d_model:
-        raise ValueError(
-            f"model.caption_channels={model.caption_channels} differs from "
-            f"text_encoder.d_model={config.text_encoder.d_model}; make them equal."
-        )
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"model.num_classes={model.num_classes}, but the data has {len(classes)}: {classes}.")
-
-
-def build_pipeline(
-    config: TrainConfig, denoiser: Denoiser, tokenizer: PreTrainedTokenizerFast | None, vae: AutoencoderKL | None
-):
-    """The pipeline of a run, with the run's sampling settings as its defaults."""
-    sample = config.sample
-    defaults = {
-        "num_inference_steps": sample.num_inference_steps,
-        "guidance_scale": sample.guidance_scale,
-        "strength": sample.strength,
-        "max_sequence_length": config.text_encoder.max_sequence_length,
-    }
-    return LocalDiTPipeline(
-        tokenizer=tokenizer,
-        text_encoder=denoiser.text_encoder,
-        vae=vae,
-        transformer=denoiser.transformer,
-        scheduler=sampling_scheduler(config.objective),
-        call_defaults={name: value for name, value in defaults.items() if value is not None},
-    )

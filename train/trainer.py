@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +15,10 @@ from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from config import OptimizerConfig, TrainConfig
-from localdit import LocalDiTTransformer2DModel
 from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from train.components import (
-    Denoiser,
-    build_pipeline,
-    build_text_encoder,
-    build_tokenizer,
-    check_components,
-    load_vae,
-)
+from train.components import build_networks, check_networks
 from train.data import MicroStepSampler, build_dataset, build_loader
 from train.objective import Objective
 
@@ -40,8 +32,6 @@ class Trainer:
         self.output_dir = Path(config.output_dir)
         self.objective = Objective(config.objective)
         dataset = build_dataset(config.data, config.seed, labels=config.model.num_classes is not None)
-        self.vae = load_vae(config.vae)
-        check_components(config, self.vae, dataset.channels, dataset.classes)
         resume = find_checkpoint(config.resume, self.output_dir / "checkpoints") if config.resume else None
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -51,10 +41,12 @@ class Trainer:
         )
         set_seed(config.seed)
 
-        self.words = dataset.words() if config.model.caption_channels is not None else []
-        self.denoiser, self.tokenizer = self._build_networks()
-        if self.vae is not None:
-            self.vae.to(self.accelerator.device)
+        words = dataset.words() if config.model.caption_channels is not None else []
+        self.networks = build_networks(config, words)
+        check_networks(self.networks, config.data, dataset.channels, dataset.classes)
+        self.denoiser = self.networks.denoiser
+        if self.networks.vae is not None:
+            self.networks.vae.to(self.accelerator.device)
         if config.compile:
             self.denoiser.transformer.compile_repeated_blocks()
         parameters = list(self.denoiser.parameters())
@@ -80,16 +72,6 @@ class Trainer:
             world_size=self.accelerator.num_processes,
         )
         self.loader = build_loader(dataset, sampler, config.data.num_workers)
-
-    def _build_networks(self) -> tuple[Denoiser, PreTrainedTokenizerFast | None]:
-        config, text = self.config, self.config.text_encoder
-        transformer = LocalDiTTransformer2DModel(**vars(config.model))
-        if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        if config.model.caption_channels is None:
-            return Denoiser(transformer, None), None
-        tokenizer = build_tokenizer(self.words, text.max_sequence_length)
-        return Denoiser(transformer, build_text_encoder(text, len(tokenizer))), tokenizer
 
     def train(self) -> None:
         """Run from the first step to the last, then save the pipeline."""
@@ -153,21 +135,22 @@ class Trainer:
     @torch.no_grad()
     def _latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the transformer works on: the pixels [B, C, H, W], or their latents where there is an autoencoder."""
-        if self.vae is None:
+        vae = self.networks.vae
+        if vae is None:
             return pixels
         with self.accelerator.autocast():
-            latents = self.vae.encode(pixels).latent_dist.mode().float()
-        return (latents - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
+            latents = vae.encode(pixels).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
     def _condition(self, batch: dict, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
         device = self.accelerator.device
         null_class = self.config.model.num_classes
         if null_class is not None:
             return {"class_labels": batch["label"].masked_fill(dropped, null_class).to(device)}
-        if self.tokenizer is None:
+        if self.networks.tokenizer is None:
             return {}
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        tokens = self.networks.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"input_ids": tokens.input_ids.to(device), "attention_mask": tokens.attention_mask.to(device)}
 
     def _log(self, step: int, losses: list[torch.Tensor], seconds: float, progress: tqdm) -> None:
@@ -210,12 +193,12 @@ class Trainer:
     @torch.no_grad()
     def _draw_samples(self, step: int) -> None:
         sample = self.config.sample
-        if not self.accelerator.is_main_process or not sample.prompt or self.tokenizer is None:
+        if not self.accelerator.is_main_process or not sample.prompt or self.networks.tokenizer is None:
             return
         # eager, because compiling again for another batch size takes longer than a few pictures
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
             self.denoiser.eval()
-            pipeline = build_pipeline(self.config, self.denoiser, self.tokenizer, self.vae)
+            pipeline = self.networks.pipeline(self.config)
             pipeline.set_progress_bar_config(disable=True)
             prompts = [prompt for prompt in sample.prompt for _ in range(sample.num_images)]
             generators = [torch.Generator().manual_seed(sample.seed + index) for index in range(len(prompts))]
@@ -230,14 +213,13 @@ class Trainer:
         """Write the averaged weights as a pipeline to `output_dir/pipeline`."""
         if not self.accelerator.is_main_process:
             return
-        copy, _ = self._build_networks()
         with self.averaged_weights():
-            copy.load_state_dict(self.denoiser.state_dict())
-        copy.to(getattr(torch, self.config.save_dtype))
-        vae = load_vae(self.config.vae)
-        if vae is not None:
-            vae.to(copy.transformer.dtype)
-        build_pipeline(self.config, copy, self.tokenizer, vae).save_pretrained(self.output_dir / "pipeline")
+            networks = deepcopy(self.networks)
+        dtype = getattr(torch, self.config.save_dtype)
+        networks.denoiser.to(dtype)
+        if networks.vae is not None:
+            networks.vae.to(dtype=dtype)
+        networks.pipeline(self.config).save_pretrained(self.output_dir / "pipeline")
 
 
 def check_run(config: TrainConfig) -> None:

@@ -276,10 +276,11 @@ def _place(relation: str | None, sizes: np.ndarray, rng: np.random.Generator) ->
     # Twice the centre distance is an integer: the largest one across that 1.5 times stays below the one along.
     twice_apart = 2 * (next_start - start) + next_length - length
     reach = math.ceil(twice_apart / 1.5) - 1
-    slack = math.floor((breadth - next_breadth + reach) / 2), math.ceil((breadth - next_breadth - reach) / 2)
-    side = rng.integers(max(0, -slack[0]), min(CANVAS - breadth, CANVAS - next_breadth - slack[1]), endpoint=True)
-    lowest, highest = max(0, side + slack[1]), min(CANVAS - next_breadth, side + slack[0])
-    next_side = rng.integers(lowest, highest, endpoint=True)
+    # The next digit lies between `lowest` and `highest` further across than this one.
+    lowest = math.ceil((breadth - next_breadth - reach) / 2)
+    highest = math.floor((breadth - next_breadth + reach) / 2)
+    side = rng.integers(max(0, -highest), min(CANVAS - breadth, CANVAS - next_breadth - lowest), endpoint=True)
+    next_side = rng.integers(max(0, side + lowest), min(CANVAS - next_breadth, side + highest), endpoint=True)
 
     corners = np.empty((2, 2), np.int64)
     corners[order, along] = start, next_start

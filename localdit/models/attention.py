@@ -1,6 +1,7 @@
 """The projections of one attention layer; its processor decides who attends to whom."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -122,7 +123,7 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(processor)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        processor: Callable = self.processor  # diffusers annotates its own processors only
+        processor = cast(Callable, self.processor)  # diffusers annotates its own processors only
         return processor(self, hidden_states, *args, **kwargs)
 
     def to_heads(self, states: torch.Tensor) -> torch.Tensor:

@@ -272,7 +272,7 @@ class LocalDiTTransformer2DModel(
             if isinstance(old, TokenMixer) and _shapes(old) == _shapes(mixer):
                 mixer.load_state_dict(old.state_dict())
             mixer._attention_backend = old._attention_backend
-            mixer.requires_grad_(block.scale_shift_table.requires_grad)  # a frozen model stays frozen
+            mixer.requires_grad_(next(block.parameters()).requires_grad)  # a frozen model stays frozen
             block.attn.set_processor(mixer.to(self.device, self.dtype))
         self.register_to_config(token_mixers=token_mixers, mixer_options=deepcopy(mixer_options))
 
