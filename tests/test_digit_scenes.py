@@ -373,6 +373,14 @@ def test_score_command_prints_the_rates_of_a_folder(reader, tmp_path, capsys):
     assert printed["one_digit"]["prompts"] == 2
 
 
+def test_check_command_scores_real_scenes_of_every_group(reader, tmp_path, capsys):
+    weights = tmp_path / "reader.safetensors"
+    save_file(reader.state_dict(), weights)
+    main(["check", "--reader", str(weights), "--scenes", "2"])
+    printed = json.loads(capsys.readouterr().out)
+    assert [printed[group]["prompts"] for group in ("one_digit", "two_digits", "two_digits_held_out")] == [2, 2, 2]
+
+
 def test_bad_folders_are_refused_in_a_sentence(reader, tmp_path):
     with pytest.raises(FileNotFoundError, match="metadata.jsonl is missing"):
         score_folder(reader, tmp_path)

@@ -91,7 +91,7 @@ class DigitSceneReader(nn.Module):
         return centre.squeeze(1), size, colour, self.background_head(surroundings.mean(dim=(2, 3)))
 
     @torch.no_grad()
-    def read(self, images, threshold: float = 0.4) -> list[SceneReading]:
+    def read(self, images, threshold: float = 0.3) -> list[SceneReading]:
         """Read pictures on the CPU: a list of PIL images or uint8 [B, 64, 64, 3]; raises ValueError for other sizes.
 
         A digit is reported where the probability of a centre is at least threshold and no lower than in the eight
@@ -121,7 +121,7 @@ class DigitSceneReader(nn.Module):
         return [SceneReading(tuple(digits), name) for digits, name in zip(found, names, strict=True)]
 
 
-def locate(centre, size, colour, threshold: float = 0.4):
+def locate(centre, size, colour, threshold: float = 0.3):
     """Turn what `DigitSceneReader.forward` says of the cells into a list of n digits.
 
     A peak and the eight cells around it vote on the digit, each as strongly as it is sure to be the centre. A digit

@@ -177,6 +177,10 @@ def main(argv: list[str] | None = None):
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--bf16", action="store_true", help="faster on a CPU with bfloat16 instructions")
     train.add_argument("--hold-back", type=int, default=0, help="digits to keep for measuring and not train on")
+    check = commands.add_parser("check", help="score a reader on real scenes in the generator's handwriting")
+    check.add_argument("--reader", type=Path, required=True, help="the reader's .safetensors file")
+    check.add_argument("--scenes", type=int, default=1000, help="how many scenes to draw for each group")
+    check.add_argument("--seed", type=int, default=1)
     scoring = commands.add_parser("score", help="score a folder of pictures")
     scoring.add_argument("--images", type=Path, required=True, help="folder with pictures and their metadata.jsonl")
     scoring.add_argument("--reader", type=Path, required=True, help="the reader's .safetensors file")
@@ -184,6 +188,9 @@ def main(argv: list[str] | None = None):
     try:
         if arguments.command == "train":
             result = _train(arguments)
+        elif arguments.command == "check":
+            reader = load_reader(arguments.reader)
+            result = score_real_scenes(reader, *load_digits("train"), arguments.scenes, arguments.seed)
         else:
             result = score_folder(load_reader(arguments.reader), arguments.images)
     except (ValueError, OSError) as error:
