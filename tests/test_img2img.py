@@ -74,6 +74,7 @@ def test_strength_0_returns_the_very_bytes_of_a_pil_image(img2img, picture):
 
 
 def test_strength_1_is_text_to_image(img2img, latent_img2img, picture):
+    img2img.scheduler = diffusers.EulerDiscreteScheduler(prediction_type="sample")  # its noise is not of unit variance
     for pipeline in (img2img, latent_img2img):
         text_to_image = LocalDiTPipeline.from_pipe(pipeline)
         text_to_image.set_progress_bar_config(disable=True)
@@ -86,6 +87,14 @@ def test_strength_is_the_share_of_steps_that_run(img2img, picture, strength, ste
     seen = []
     draw(img2img, picture, strength, callback_on_step_end=lambda pipe, step, *rest: seen.append(step))
     assert seen == list(range(steps)) and img2img.num_timesteps == steps
+
+
+def test_a_sampler_that_takes_two_calls_a_step_makes_the_share_of_its_steps(img2img, picture):
+    calls = []
+    img2img.transformer.register_forward_pre_hook(lambda module, arguments: calls.append(arguments))
+    img2img.scheduler = diffusers.HeunDiscreteScheduler(prediction_type="sample")
+    draw(img2img, picture, strength=0.5)
+    assert len(calls) == 3 and img2img.num_timesteps == 2  # two steps of four, the last of which is a plain one
 
 
 def test_the_denoising_starts_from_the_picture_noised_as_in_training(img2img, picture):

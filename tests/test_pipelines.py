@@ -202,6 +202,12 @@ def test_own_timesteps_and_sigmas_replace_the_even_ones(pipeline):
     assert close(draw(pipeline, timesteps=pipeline.scheduler.timesteps.tolist()), even)
 
 
+def test_eta_is_the_noise_of_ddim(pipeline):
+    pipeline.scheduler = scheduler("DDIMScheduler", prediction_type="sample")
+    assert torch.equal(draw(pipeline), draw(pipeline, eta=0.0))
+    assert not close(draw(pipeline), draw(pipeline, eta=1.0))
+
+
 def test_the_shift_of_a_larger_picture_follows_the_schedulers_own_numbers(pipeline):
     numbers = {"base_image_seq_len": 16, "max_image_seq_len": 64, "base_shift": 0.0, "max_shift": 1.0}
     pipeline.scheduler = scheduler("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, **numbers)
@@ -449,6 +455,12 @@ def test_weights_stored_in_half_precision_come_back_in_fp32(pipeline, tmp_path, 
     asked = {"text_encoder": torch.bfloat16, "default": torch.float32}
     loaded = loader.from_pretrained(tmp_path, dtype=asked)
     assert (loaded.transformer.dtype, loaded.text_encoder.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_text_encoder_that_others_stored_in_half_precision_comes_in_fp32_too(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path)
+    pipeline.text_encoder.half().save_pretrained(tmp_path / "text_encoder")
+    assert LocalDiTPipeline.from_pretrained(tmp_path).text_encoder.dtype == torch.float32
 
 
 def test_a_text_encoder_in_half_precision_serves_a_transformer_in_fp32(pipeline):
