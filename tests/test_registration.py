@@ -1,9 +1,11 @@
 """Facts about living in diffusers: after `import localdit` its loaders know our classes, of which there is one each."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import diffusers
 import pytest
@@ -139,9 +141,15 @@ def test_the_library_works_from_any_folder_and_has_one_copy_of_each_class(librar
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(model_folder), str(tmp_path / "image.pt")],
+        # -S, because the site module would bring in an editable installation of localdit
+        [sys.executable, "-S", "-c", PROGRAM, str(model_folder), str(tmp_path / "image.pt")],
         cwd=elsewhere,
-        env={"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"},
+        env={
+            "PYTHONPATH": os.pathsep.join((str(site), sysconfig.get_path("purelib"))),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
         capture_output=True,
         text=True,
     )
