@@ -33,9 +33,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
-    """A T5 encoder trained from scratch with the transformer, over the words of the data's captions.
+    """The T5 encoder of a model with captions: a given one, or a new one over the words of the data's captions.
 
     Args:
+        pretrained: folder or Hub id of a T5 encoder and its tokenizer, whose sizes then count instead of those below;
+            None for random weights.
+        frozen: leave the encoder as it is and train the transformer alone.
         d_model: width of its states; must equal the model's caption_channels.
         num_layers: blocks.
         num_heads: heads of each attention.
@@ -44,6 +47,8 @@ class TextEncoderConfig:
         max_sequence_length: tokens per caption; longer captions are cut.
     """
 
+    pretrained: str | None = None
+    frozen: bool = False
     d_model: int = 128
     num_layers: int = 2
     num_heads: int = 4
@@ -104,6 +109,29 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
+class TextPretrainingConfig:
+    """Training of a small T5 encoder to parse the captions of digit scenes, for a transformer to listen to.
+
+    Args:
+        output_dir: folder of the trained encoder and its tokenizer.
+        text_encoder: its sizes.
+        batch_size: captions per step.
+        max_steps: optimizer steps in all.
+        learning_rate: AdamW's peak; warm-up over a tenth of the steps, then a cosine to zero.
+        seed: of everything that is random.
+        log_every: in steps.
+    """
+
+    output_dir: str
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    batch_size: int = 128
+    max_steps: int = 800
+    learning_rate: float = 3e-3
+    seed: int = 0
+    log_every: int = 100
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """What is predicted from what.
 
@@ -128,10 +156,13 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate.
+    """How the weights are updated.
 
     Args:
-        learning_rate: peak, after the warm-up.
+        name: "adamw" for every parameter, or "muon" (Jordan et al. 2024, `torch.optim.Muon`) for the matrices in the
+            blocks and AdamW for the rest.
+        learning_rate: AdamW's peak, after the warm-up.
+        muon_learning_rate: Muon's peak.
         weight_decay: on matrices; biases, norms, embeddings and tables have none.
         betas: AdamW's.
         lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
@@ -140,7 +171,9 @@ class OptimizerConfig:
         ema_decay: decay of the averaged weights, which are the ones that are sampled and saved; 0 for none.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
+    muon_learning_rate: float = 0.02
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     lr_scheduler: str = "constant_with_warmup"

@@ -22,16 +22,19 @@ from config import (
     OptimizerConfig,
     SampleConfig,
     TextEncoderConfig,
+    TextPretrainingConfig,
     TrainConfig,
 )
 from localdit.data import digit_scenes
 from train.autoencoder import Reconstruction, build_autoencoder, standardize
 from train.autoencoder import train as train_autoencoder
 from train.command_line import parse
-from train.components import build_tokenizer
+from train.components import build_text_encoder, build_tokenizer
 from train.data import DigitScenes, ImageFolder, MicroStepSampler
 from train.objective import Objective, sampling_scheduler
-from train.trainer import Trainer
+from train.text_encoder import CaptionParser, parse_targets
+from train.text_encoder import train as train_text_encoder
+from train.trainer import Trainer, build_optimizers
 
 RECIPES = sorted(Path("train/recipes").glob("*.yaml"))
 
@@ -212,10 +215,15 @@ def test_the_saved_pipeline_holds_the_averaged_weights(tmp_path):
     assert not torch.equal(saved["proj_out.weight"], live)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_interrupted_run_ends_in_the_same_weights_to_the_bit(tmp_path, num_workers):
-    data = DataConfig(num_workers=num_workers)
-    config = tiny_config(tmp_path / "whole", data=data, gradient_accumulation_steps=2, sample_every=100)
+@pytest.mark.parametrize(("num_workers", "optimizer"), [(0, "adamw"), (1, "adamw"), (0, "muon")])
+def test_an_interrupted_run_ends_in_the_same_weights_to_the_bit(tmp_path, num_workers, optimizer):
+    config = tiny_config(
+        tmp_path / "whole",
+        data=DataConfig(num_workers=num_workers),
+        optimizer=OptimizerConfig(name=optimizer, learning_rate=2e-3, warmup_steps=2, ema_decay=0.9),
+        gradient_accumulation_steps=2,
+        sample_every=100,
+    )
     whole = Trainer(config)
     whole.train()
     # "killed" after step 3: the newest checkpoint is the one of step 3
@@ -285,6 +293,78 @@ def test_a_run_can_start_from_the_weights_of_a_pipeline(tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path / "second" / "pipeline").transformer.config.num_layers == 2
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path):
+    trainer = Trainer(tiny_config(tmp_path, optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.03)))
+    adamw, muon = build_optimizers(trainer.denoiser, trainer.config.optimizer)
+    assert isinstance(muon, torch.optim.Muon) and muon.param_groups[0]["lr"] == 0.03
+    names = {id(parameter): name for name, parameter in trainer.denoiser.named_parameters()}
+    by_muon = {names[id(parameter)] for group in muon.param_groups for parameter in group["params"]}
+    by_adamw = {names[id(parameter)] for group in adamw.param_groups for parameter in group["params"]}
+    assert "transformer.transformer_blocks.0.attn.to_q.weight" in by_muon
+    assert "transformer.transformer_blocks.1.ff.net.2.weight" in by_muon
+    assert "transformer.transformer_blocks.0.scale_shift_table" in by_adamw
+    assert {"transformer.proj_out.weight", "transformer.pos_embed.proj.weight"} <= by_adamw
+    assert by_muon.isdisjoint(by_adamw) and by_muon | by_adamw == set(names.values())
+    undecayed = [group for group in adamw.param_groups if group["weight_decay"] == 0]
+    assert not any(names[id(p)].endswith("proj_out.weight") for group in undecayed for p in group["params"])
+
+
+def test_muon_moves_every_matrix_of_the_blocks(tmp_path):
+    config = tiny_config(tmp_path, max_steps=2, optimizer=OptimizerConfig(name="muon", warmup_steps=0, ema_decay=0))
+    trainer = Trainer(config)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.denoiser.named_parameters()}
+    trainer.train()
+    blocks = {name: p for name, p in trainer.denoiser.named_parameters() if ".attn." in name and p.ndim == 2}
+    assert blocks and not any(torch.equal(before[name], parameter) for name, parameter in blocks.items())
+
+
+def test_the_words_of_a_caption_know_their_digit_and_its_place():
+    targets = parse_targets(digit_scenes.parse_caption("a green five below a magenta two on a gray background"), 12)
+    five, two = [1, 5, 4, 2], [5, 2, 3, 2]  # colour, digit, place (bottom, top), background
+    blank = [-100, -100, -100, 2]
+    assert targets.tolist() == [five, five, five, blank, two, two, two, *[blank] * 4, [-100] * 4]
+    alone = parse_targets(digit_scenes.parse_caption("a red seven on a black background"), 7)
+    assert alone.tolist() == [[0, 7, 0, 0]] * 3 + [[-100, -100, -100, 0]] * 4
+
+
+def test_the_words_of_a_relation_of_several_words_belong_to_no_digit():
+    targets = parse_targets(digit_scenes.parse_caption("a red one to the left of a blue two on a black background"), 14)
+    assert (targets[:3, 2] == 1).all() and (targets[7:10, 2] == 2).all()  # left, right
+    assert (targets[3:7, :3] == -100).all() and (targets[10:, :3] == -100).all()
+
+
+def test_a_caption_counts_as_parsed_only_without_a_mistake():
+    scene = digit_scenes.parse_caption("a red seven on a black background")
+    parser = CaptionParser(build_text_encoder(TextEncoderConfig(), 40), 128)
+    ids, mask = torch.randint(40, (2, 7)), torch.ones(2, 7)
+    targets = torch.from_numpy(np.stack([parse_targets(scene, 7)] * 2))
+    guesses = torch.stack([score.argmax(-1) for score in parser(ids, mask)], dim=-1)
+    right = torch.where(targets == -100, targets, guesses)
+    assert parser.accuracy(ids, mask, right) == 1
+    right[1, 0, 1] = (right[1, 0, 1] + 1) % 10
+    assert parser.accuracy(ids, mask, right) == 0.5
+
+
+def test_a_frozen_text_encoder_that_was_trained_before_is_loaded_and_stays_as_it_is(tmp_path, capsys):
+    text = tiny_config(tmp_path).text_encoder
+    pretraining = TextPretrainingConfig(
+        str(tmp_path / "text"), text_encoder=text, max_steps=60, batch_size=16, learning_rate=1e-2, log_every=20
+    )
+    train_text_encoder(pretraining)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "text" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.9 * losses[0]
+    assert "captions of held-out combinations" in capsys.readouterr().out
+
+    given = TextEncoderConfig(pretrained=str(tmp_path / "text"), frozen=True, max_sequence_length=16)
+    trainer = Trainer(tiny_config(tmp_path / "run", text_encoder=given))
+    trainer.train()
+    trained = load_file(tmp_path / "text" / "model.safetensors")
+    saved = load_file(tmp_path / "run" / "pipeline" / "text_encoder" / "model.safetensors")
+    assert trained.keys() == saved.keys() and all(torch.equal(trained[name], saved[name]) for name in trained)
+    start = Trainer(tiny_config(tmp_path / "start", text_encoder=given)).denoiser.transformer
+    assert not torch.equal(trainer.denoiser.transformer.proj_out.weight, start.proj_out.weight)
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=2)).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
@@ -299,6 +379,7 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"data": DataConfig(name="imagefolder")}, "data.path=None is not a folder"),
         ({"data": DataConfig(resolution=32)}, "data.resolution=32"),
         ({"text_encoder": TextEncoderConfig(d_model=32)}, "text_encoder.d_model=32"),
+        ({"text_encoder": TextEncoderConfig(pretrained="nowhere")}, "text_encoder.pretrained='nowhere' holds no T5"),
         ({"model": ModelConfig(in_channels=4, caption_channels=16)}, "model.in_channels=4"),
         ({"pretrained": "nowhere"}, "pretrained='nowhere' cannot be loaded"),
         ({"vae": "nowhere"}, "vae='nowhere' holds no autoencoder"),
@@ -326,10 +407,11 @@ def test_a_picture_without_caption_and_an_unreadable_one_are_named(picture_folde
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_valid_config(recipe):
-    config_class = AutoencoderConfig if recipe.stem.endswith("_vae") else TrainConfig
-    config = parse(config_class, "train", ["--config", str(recipe), "--max_steps", "7", "--data.num_workers", "3"])
+    kinds = {"vae": AutoencoderConfig, "text": TextPretrainingConfig}
+    config_class = kinds.get(recipe.stem.rpartition("_")[2], TrainConfig)
+    config = parse(config_class, "train", ["--config", str(recipe), "--max_steps", "7", "--seed", "3"])
     assert isinstance(config, config_class)
-    assert config.max_steps == 7 and config.data.num_workers == 3
+    assert config.max_steps == 7 and config.seed == 3
 
 
 @pytest.mark.parametrize(

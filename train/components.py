@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from config import DataConfig, TextEncoderConfig, TrainConfig
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
@@ -83,7 +83,7 @@ class Networks:
     """What a run trains, and what it needs beside: a tokenizer for captions, an autoencoder for latents (or None)."""
 
     denoiser: Denoiser
-    tokenizer: PreTrainedTokenizerFast | None
+    tokenizer: PreTrainedTokenizerBase | None
     vae: AutoencoderKL | None
 
     def pipeline(self, config: TrainConfig):
@@ -109,6 +109,8 @@ def build_networks(config: TrainConfig, words: list[str]) -> Networks:
     """New networks as the config describes them, or those of the pipeline that `config.pretrained` names."""
     networks = new_networks(config, words) if config.pretrained is None else load_networks(config.pretrained)
     networks.denoiser.train()
+    if config.text_encoder.frozen and networks.denoiser.text_encoder is not None:
+        networks.denoiser.text_encoder.eval().requires_grad_(False)
     if config.gradient_checkpointing:
         networks.denoiser.transformer.enable_gradient_checkpointing()
     return networks
@@ -116,18 +118,35 @@ def build_networks(config: TrainConfig, words: list[str]) -> Networks:
 
 def new_networks(config: TrainConfig, words: list[str]) -> Networks:
     """Networks with random weights, but for the autoencoder, which is trained before."""
-    text, caption_channels = config.text_encoder, config.model.caption_channels
-    if caption_channels is not None and caption_channels != text.d_model:
-        raise ValueError(
-            f"model.caption_channels={caption_channels} differs from text_encoder.d_model={text.d_model}; "
-            "make them equal."
-        )
     vae = load_vae(config.vae)
-    transformer = LocalDiTTransformer2DModel(**vars(config.model))
+    caption_channels = config.model.caption_channels
     if caption_channels is None:
-        return Networks(Denoiser(transformer, None), None, vae)
-    tokenizer = build_tokenizer(words, text.max_sequence_length)
-    return Networks(Denoiser(transformer, build_text_encoder(text, len(tokenizer))), tokenizer, vae)
+        return Networks(Denoiser(LocalDiTTransformer2DModel(**vars(config.model)), None), None, vae)
+    tokenizer, text_encoder = text_networks(config.text_encoder, words)
+    width = text_encoder.config.d_model
+    if caption_channels != width:
+        raise ValueError(
+            f"model.caption_channels={caption_channels} differs from text_encoder.d_model={width}; make them equal."
+        )
+    return Networks(Denoiser(LocalDiTTransformer2DModel(**vars(config.model)), text_encoder), tokenizer, vae)
+
+
+def text_networks(config: TextEncoderConfig, words: list[str]) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
+    """The tokenizer and T5 encoder that the config names, or new ones over these words."""
+    if config.pretrained is None:
+        tokenizer = build_tokenizer(words, config.max_sequence_length)
+        return tokenizer, build_text_encoder(config, len(tokenizer))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.pretrained)
+        text_encoder = T5EncoderModel.from_pretrained(config.pretrained, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text_encoder.pretrained={config.pretrained!r} holds no T5 encoder with its tokenizer "
+            f"({str(error).splitlines()[0]}); name its folder or Hub id, or train one with "
+            "python -m train.text_encoder."
+        ) from error
+    tokenizer.model_max_length = config.max_sequence_length
+    return tokenizer, text_encoder
 
 
 def load_networks(source: str) -> Networks:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from config import OptimizerConfig, TrainConfig
 from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from train.components import build_networks, check_networks
+from train.components import Denoiser, build_networks, check_networks
 from train.data import MicroStepSampler, build_dataset, build_loader
 from train.objective import Objective
 
@@ -49,17 +49,22 @@ class Trainer:
             self.networks.vae.to(self.accelerator.device)
         if config.compile:
             self.denoiser.transformer.compile_repeated_blocks()
-        parameters = list(self.denoiser.parameters())
-        self.ema = EMAModel(parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
-        optimizer = build_optimizer(self.denoiser, config.optimizer)
-        schedule = get_scheduler(
-            config.optimizer.lr_scheduler,
-            optimizer,
-            # accelerate steps the schedule once per process
-            num_warmup_steps=config.optimizer.warmup_steps * self.accelerator.num_processes,
-            num_training_steps=config.max_steps * self.accelerator.num_processes,
-        )
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.denoiser, optimizer, schedule)
+        self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
+        optimizers = build_optimizers(self.denoiser, config.optimizer)
+        schedules = [
+            get_scheduler(
+                config.optimizer.lr_scheduler,
+                optimizer,
+                # accelerate steps the schedule once per process
+                num_warmup_steps=config.optimizer.warmup_steps * self.accelerator.num_processes,
+                num_training_steps=config.max_steps * self.accelerator.num_processes,
+            )
+            for optimizer in optimizers
+        ]
+        self.model = self.accelerator.prepare(self.denoiser)
+        self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
+        self.schedules = [self.accelerator.prepare(schedule) for schedule in schedules]
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
@@ -111,13 +116,14 @@ class Trainer:
                 loss = self._loss(next(batches), micro_step)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
-                self.optimizer.step()
-                self.schedule.step()
-                self.optimizer.zero_grad()
+                    self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
+                for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                    optimizer.step()
+                    schedule.step()
+                    optimizer.zero_grad()
             losses.append(loss.detach())
         if self.ema is not None:
-            self.ema.step(self.denoiser.parameters())
+            self.ema.step(self.parameters)
         return torch.stack(losses).mean()
 
     def _loss(self, batch: dict, micro_step: int) -> torch.Tensor:
@@ -164,7 +170,7 @@ class Trainer:
         pictures = len(losses) * config.batch_size * config.gradient_accumulation_steps * self.accelerator.num_processes
         values = {
             "loss": loss,
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": self.schedules[0].get_last_lr()[0],
             "images_per_second": pictures / seconds,
         }
         self.accelerator.log(values, step=step)
@@ -182,13 +188,12 @@ class Trainer:
         if self.ema is None:
             yield
             return
-        parameters = list(self.denoiser.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            self.ema.restore(parameters)
+            self.ema.restore(self.parameters)
 
     @torch.no_grad()
     def _draw_samples(self, step: int) -> None:
@@ -232,11 +237,21 @@ def check_run(config: TrainConfig) -> None:
         raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices of linear layers and convolutions only."""
-    decayed, plain = [], []
-    matrices = {id(part.weight) for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)}
-    for parameter in module.parameters():
-        (decayed if id(parameter) in matrices else plain).append(parameter)
+def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon beside it if asked; weight decay is on the matrices of linear layers and convolutions only."""
+    matrices = {id(part.weight) for part in denoiser.modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    blocks = denoiser.transformer.transformer_blocks
+    hidden = {id(part.weight) for part in blocks.modules() if isinstance(part, nn.Linear)}
+    if config.name == "adamw":
+        hidden = set()
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    by_muon = [parameter for parameter in trained if id(parameter) in hidden]
+    decayed = [parameter for parameter in trained if id(parameter) in matrices - hidden]
+    plain = [parameter for parameter in trained if id(parameter) not in matrices]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas),
+    ]
+    if by_muon:
+        optimizers.append(torch.optim.Muon(by_muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+    return optimizers
