@@ -25,7 +25,9 @@ def add_sample_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """The arguments that both command lines take."""
     parser.add_argument("--prompt", nargs="+", required=True, help="one text or several")
     parser.add_argument("--negative_prompt", help="what to steer away from")
-    parser.add_argument("--model", help="pipeline folder or Hub id; by default the shipped digit scenes")
+    parser.add_argument(
+        "--model", help="pipeline folder, Hub id or released checkpoint; by default the shipped digit scenes"
+    )
     parser.add_argument("--height", type=int, help="pixels; by default the model's")
     parser.add_argument("--width", type=int, help="pixels; by default the model's")
     parser.add_argument("--num_inference_steps", type=int, help="by default the model's")

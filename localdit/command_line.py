@@ -59,7 +59,7 @@ def check_device(device: str, dtype: str) -> None:
 
 
 def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | None, device: str, dtype: str):
-    """Load a pipeline from a folder, a Hub id or, for None, the one that ships with the package.
+    """Load a pipeline from a folder, a released checkpoint, a Hub id or, for None, the one that ships with the package.
 
     Raises:
         ValueError: where there is no such model, or its folder is damaged; the message says which and what to do.
@@ -69,7 +69,8 @@ def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | None, de
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
     try:
-        pipeline = pipeline_class.from_pretrained(source, dtype=DTYPES[dtype])
+        load = pipeline_class.from_single_file if os.path.isfile(source) else pipeline_class.from_pretrained
+        pipeline = load(source, dtype=DTYPES[dtype])
     except Exception as error:  # loading fails in many ways, and each is one sentence to the user
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and not os.path.isdir(source):

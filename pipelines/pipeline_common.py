@@ -27,7 +27,10 @@ STANDARD_CALL = {
     "guidance_scale": 4.5,
     "strength": 0.6,
     "max_sequence_length": 120,
+    "aspect_ratio": "height/width",
 }
+
+ASPECT_RATIOS = ("height/width", "width/height")  # PixArt's, and the released LocalDiT's
 
 
 def checked_call_defaults(call_defaults: dict[str, Any] | None) -> dict[str, Any]:
@@ -36,6 +39,9 @@ def checked_call_defaults(call_defaults: dict[str, Any] | None) -> dict[str, Any
     unknown = sorted(set(call_defaults) - set(STANDARD_CALL))
     if unknown:
         raise ValueError(f"call_defaults has unknown key(s) {unknown}; it may hold {sorted(STANDARD_CALL)}.")
+    aspect_ratio = call_defaults.get("aspect_ratio", STANDARD_CALL["aspect_ratio"])
+    if aspect_ratio not in ASPECT_RATIOS:
+        raise ValueError(f"call_defaults has aspect_ratio={aspect_ratio!r}; choose among {list(ASPECT_RATIOS)}.")
     return call_defaults
 
 
@@ -224,9 +230,11 @@ class LocalDiTPipelineMixin:
         if not self.transformer.use_additional_conditions:
             return None
         like = {"dtype": self.transformer.dtype, "device": self._execution_device}
+        upright = self.call_default("aspect_ratio", None) == "height/width"
+        aspect_ratio = height / width if upright else width / height
         return {
             "resolution": torch.tensor([[height, width]] * batch_size, **like),
-            "aspect_ratio": torch.tensor([[height / width]] * batch_size, **like),
+            "aspect_ratio": torch.tensor([[aspect_ratio]] * batch_size, **like),
         }
 
     def denoise(

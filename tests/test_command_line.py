@@ -160,7 +160,7 @@ def refused(result, program, phrases):
         (["--output", "file/a.png"], ["'file/a.png'", "choose another"]),
         (["--output", "folder.png", "--overwrite"], ["'folder.png'", "cannot be written"]),
         (["--model", "./nowhere"], ["--model './nowhere'", "does not exist"]),
-        (["--model", "file"], ["--model 'file'", "is a file"]),
+        (["--model", "file"], ["--model 'file'", "is no checkpoint"]),
         (["--model", "empty"], ["--model 'empty'", "empty/model_index.json is missing"]),
         (["--model", "cut"], ["--model 'cut'", "cut/transformer/diffusion_pytorch_model.safetensors is damaged"]),
     ],

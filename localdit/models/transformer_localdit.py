@@ -19,6 +19,7 @@ from torch import nn
 from localdit.mixers import MIXERS, check_mixers
 from localdit.mixers.base import TokenMixer
 from localdit.models.attention import CrossAttnProcessor, LocalDiTAttention
+from localdit.models.loading import ForeignCheckpointsMixin
 
 # B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
 
@@ -109,7 +110,13 @@ class LocalDiTBlock(nn.Module):
 
 
 class LocalDiTTransformer2DModel(
-    ModelMixin, ConfigMixin, AttentionMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+    ForeignCheckpointsMixin,
+    ModelMixin,
+    ConfigMixin,
+    AttentionMixin,
+    PeftAdapterMixin,
+    FromOriginalModelMixin,
+    CacheMixin,
 ):
     """A diffusion transformer in the manner of PixArt (arXiv 2310.00426) with interchangeable token mixers.
 

@@ -1,0 +1,139 @@
+"""Loading checkpoints that this library did not write."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
+from diffusers.models.modeling_utils import no_init_weights
+from diffusers.utils.hub_utils import _get_model_file
+
+from localdit.conversion import (
+    check_names,
+    from_pixart_state_dict,
+    from_released,
+    infer_released_config,
+    is_released_format,
+    load_pixart,
+    pixart_config,
+    read_state_dict,
+)
+
+logger = logging.getLogger(__name__)
+
+StateDict = dict[str, torch.Tensor]
+
+
+class ForeignCheckpointsMixin:
+    """`from_single_file` for the released LocalDiT, and `from_pixart`."""
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | os.PathLike | StateDict,
+        config: str | os.PathLike | dict[str, Any] | None = None,
+        global_branch: str = "expected",
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ):
+        """Load a checkpoint in the released LocalDiT's format, of any size.
+
+        Args:
+            pretrained_model_link_or_path_or_dict: a .safetensors or .pt file (a pickle that holds more than tensors is
+                refused), a sharded checkpoint's index or folder, a link to a file on the Hub, or the tensors by name.
+            config: settings that the shapes cannot tell, as a dict that overrides what they do tell and the release's
+                own: {"sample_size": 64, "mixer_options": {"window": {"window_size": 8, "shift_schedule": "cyclic"}}}.
+                A folder or Hub id whose config.json describes the whole model does too.
+            global_branch: "expected" (the mean over the random draws that the release makes of a branch it never
+                saved, half of the window attention) or "off"; see `localdit.conversion.from_released`.
+            dtype, torch_dtype: of the weights; fp32 by default.
+            subfolder: of `config`, where that is a folder or Hub id.
+            kwargs: `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision` of a Hub link.
+
+        Returns:
+            the model, in evaluation mode.
+
+        Raises:
+            ValueError: where the file is missing, damaged or could run code, or any tensor is missing or too much.
+        """
+        given = pretrained_model_link_or_path_or_dict
+        if isinstance(given, dict):
+            state_dict, source = given, "The state dict"
+        else:
+            path = _local_path(os.fspath(given), **kwargs)
+            state_dict, source = read_state_dict(path), str(path)
+
+        described = isinstance(config, str | os.PathLike)
+        if is_released_format(state_dict):
+            settings = infer_released_config(state_dict) if not described else {}
+            state_dict, dead = from_released(state_dict, global_branch)
+            parameters = sum(tensor.numel() for tensor in dead.values())
+            logger.info("%s: dropped %d tensors (%d parameters) that nothing reads.", source, len(dead), parameters)
+        elif config is None:
+            raise ValueError(
+                f"{source} is no released LocalDiT (it has no transformer_blocks.0.attn1.to_qkv.weight); load a folder "
+                "with from_pretrained, a PixArt with from_pixart, or give config= for tensors by this model's names."
+            )
+        else:
+            settings = {}
+        if described:
+            settings = cls.load_config(config, subfolder=subfolder, **kwargs)
+        else:
+            settings |= config or {}
+
+        with no_init_weights():  # every tensor is replaced below
+            model = cls.from_config(settings)
+        check_names(model.state_dict(), state_dict, source)
+        dtype = dtype or torch_dtype or torch.float32
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
+        return model.eval()
+
+    @classmethod
+    def from_pixart(
+        cls,
+        pixart: str | os.PathLike | PixArtTransformer2DModel,
+        token_mixers: str | tuple[str, ...] = ("full",),
+        mixer_options: dict[str, dict[str, Any]] | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ):
+        """Start from a PixArt-alpha or -Sigma transformer.
+
+        With the mixer "full" the outputs are the PixArt's own; with others they are where fine-tuning starts. What a
+        mixer learns beside the projections (a bias table, the context's embedding) starts at zero.
+
+        Args:
+            pixart: the transformer, or the folder or Hub id of it or of its pipeline.
+            token_mixers, mixer_options: as in the constructor.
+            dtype: of the weights; by default the PixArt's.
+            kwargs: for `PixArtTransformer2DModel.from_pretrained`.
+
+        Returns:
+            the model, in evaluation mode, sharing no memory with the PixArt.
+
+        Raises:
+            ValueError: where there is no PixArt, or it has settings that this model has not.
+        """
+        source = load_pixart(pixart, **kwargs)
+        mixers = (token_mixers,) if isinstance(token_mixers, str) else tuple(token_mixers)
+        model = cls(**pixart_config(source.config), token_mixers=mixers, mixer_options=mixer_options)
+        state_dict = from_pixart_state_dict(source.state_dict())
+        learned_by_mixers = {name: tensor for name, tensor in model.state_dict().items() if ".attn.processor." in name}
+        check_names(model.state_dict(), learned_by_mixers | state_dict, "The PixArt transformer")
+        model.load_state_dict(state_dict, strict=False)
+        dtype = dtype or source.dtype
+        return (model if model.dtype == dtype else model.to(dtype)).eval()
+
+
+def _local_path(link_or_path: str, **kwargs: Any) -> str:
+    """The path of a checkpoint, which a link to the Hub is downloaded for."""
+    if "://" not in link_or_path:
+        return link_or_path
+    repo_id, weights_name = _extract_repo_id_and_weights_name(link_or_path)
+    if not isinstance(repo_id, str) or weights_name is None:
+        raise ValueError(f"{link_or_path!r} links to no file; give https://huggingface.co/OWNER/NAME/blob/main/FILE.")
+    return _get_model_file(repo_id, weights_name=weights_name, **kwargs)

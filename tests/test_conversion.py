@@ -1,0 +1,448 @@
+"""Released LocalDiT checkpoints and PixArt: the same outputs, nothing lost, and back again."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import PixArtTransformer2DModel
+from diffusers.models.normalization import RMSNorm
+from safetensors.torch import load_file, save_file
+
+from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit.conversion import check_releasable, from_released, read_state_dict, to_released, write_state_dict
+from localdit.convert import main as convert
+
+HEADS, HEAD_DIM, CAPTION = 4, 12, 24
+
+
+class ReleasedAttention:
+    """The released model's token attention, written anew as a mask over dense attention."""
+
+    def __init__(self, window_size: int, shift: int, grid: tuple[int, int], global_branch: str):
+        self.window_size, self.shift, self.grid, self.global_branch = window_size, shift, grid, global_branch
+
+    def rotate(self, states: torch.Tensor) -> torch.Tensor:
+        height, width = self.grid
+        head_dim = states.shape[-1]
+        turned = states.clone()
+        for token in range(height * width):
+            y, x = divmod(token, width)
+            for pair in range(head_dim // 2):
+                j = pair % (head_dim // 4)
+                angle = torch.tensor((x if pair < head_dim // 4 else y) * 10000 ** (-4 * j / head_dim))
+                even, odd = states[:, :, token, 2 * pair], states[:, :, token, 2 * pair + 1]
+                turned[:, :, token, 2 * pair] = even * angle.cos() - odd * angle.sin()
+                turned[:, :, token, 2 * pair + 1] = odd * angle.cos() + even * angle.sin()
+        return turned
+
+    def mask(self) -> torch.Tensor:
+        """Who may see whom: tokens whose rolled places share a window and that no border of the picture parts."""
+        height, width = self.grid
+        groups = []
+        for token in range(height * width):
+            y, x = divmod(token, width)
+            rolled = ((y - self.shift) % height, (x - self.shift) % width)
+            wrapped = (y < self.shift, x < self.shift)
+            groups.append((rolled[0] // self.window_size, rolled[1] // self.window_size, *wrapped))
+        return torch.tensor([[mine == theirs for theirs in groups] for mine in groups])
+
+    def __call__(self, attn, hidden_states, **kwargs):
+        qkv = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in qkv)
+        query, key = self.rotate(attn.norm_q(query)), self.rotate(attn.norm_k(key))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask())
+        if self.global_branch == "expected":
+            mixed = mixed / 2
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2)) + hidden_states
+
+
+def released_model(sample_size: int = 32, layers: int = 3) -> PixArtTransformer2DModel:
+    """A small PixArt changed as the release changes it, with random weights everywhere."""
+    model = PixArtTransformer2DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=HEAD_DIM,
+        in_channels=4,
+        out_channels=4,
+        num_layers=layers,
+        cross_attention_dim=HEADS * HEAD_DIM,
+        sample_size=sample_size,
+        caption_channels=CAPTION,
+        use_additional_conditions=True,
+    )
+    for block in model.transformer_blocks:
+        for attention in (block.attn1, block.attn2):
+            attention.fuse_projections()
+            attention.norm_q = RMSNorm(HEAD_DIM, eps=1e-10)
+            attention.norm_k = RMSNorm(HEAD_DIM, eps=1e-10)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+def inputs(height: int, width: int) -> dict:
+    return {
+        "hidden_states": torch.randn(2, 4, height, width),
+        "encoder_hidden_states": torch.randn(2, 7, CAPTION),
+        "encoder_attention_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+        "timestep": torch.tensor([17.0, 801.0]),
+        "added_cond_kwargs": {
+            "resolution": torch.tensor([[256.0, 128.0]] * 2),
+            "aspect_ratio": torch.tensor([[0.5]] * 2),
+        },
+    }
+
+
+@pytest.fixture
+def checkpoint() -> dict[str, torch.Tensor]:
+    return released_model().state_dict()
+
+
+@pytest.fixture
+def checkpoint_file(checkpoint, tmp_path) -> Path:
+    path = tmp_path / "release" / "LocalDiT.safetensors"
+    path.parent.mkdir()
+    save_file(checkpoint, path)
+    return path
+
+
+@pytest.mark.parametrize("global_branch", ["expected", "off"])
+@pytest.mark.parametrize(
+    ("window_size", "grid", "sample_size"), [(2, (4, 6), 32), (3, (6, 3), 128), (4, (8, 4), 32), (4, (8, 8), 128)]
+)
+def test_a_released_model_gives_the_outputs_of_the_reference(window_size, grid, sample_size, global_branch):
+    reference = released_model(sample_size, layers=window_size + 1)
+    for layer, block in enumerate(reference.transformer_blocks):
+        block.attn1.set_processor(ReleasedAttention(window_size, layer % window_size, grid, global_branch))
+    model = LocalDiTTransformer2DModel.from_single_file(
+        reference.state_dict(),
+        config={
+            "sample_size": sample_size,
+            "mixer_options": {"window": {"window_size": window_size, "shift_schedule": "cyclic"}},
+        },
+        global_branch=global_branch,
+    )
+    given = inputs(2 * grid[0], 2 * grid[1])
+    expected = reference(**given).sample
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).sample, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_two_readings_of_the_global_branch_differ(checkpoint):
+    given = inputs(8, 8)
+    with torch.no_grad():
+        readings = [
+            LocalDiTTransformer2DModel.from_single_file(checkpoint, global_branch=branch)(**given).sample
+            for branch in ("expected", "off")
+        ]
+    assert (readings[0] - readings[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="global_branch='seeded' is not known"):
+        LocalDiTTransformer2DModel.from_single_file(checkpoint, global_branch="seeded")
+
+
+def test_the_config_is_read_from_the_shapes(checkpoint):
+    config = LocalDiTTransformer2DModel.from_single_file(checkpoint).config
+    assert (config.num_attention_heads, config.attention_head_dim, config.num_layers) == (HEADS, HEAD_DIM, 3)
+    assert (config.in_channels, config.out_channels, config.patch_size, config.caption_channels) == (4, 4, 2, CAPTION)
+    assert config.attention_residual and config.use_additional_conditions and config.sample_size == 128
+    assert config.mixer_options == {"window": {"window_size": 4, "shift_schedule": "cyclic"}}
+
+
+def test_only_what_the_release_reads_is_loaded_and_the_rest_is_reported(checkpoint, caplog):
+    disturbed = dict(checkpoint)
+    for name in from_released(checkpoint)[1]:
+        disturbed[name] = torch.randn_like(checkpoint[name])
+    with caplog.at_level(logging.INFO, "localdit.models.loading"):
+        model = LocalDiTTransformer2DModel.from_single_file(disturbed)
+    assert "dropped 24 tensors (35280 parameters)" in caplog.text  # 3 layers, (3 + 1) pairs of weight and bias
+    undisturbed = LocalDiTTransformer2DModel.from_single_file(checkpoint)
+    for mine, theirs in zip(model.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def same_weights(model: LocalDiTTransformer2DModel, checkpoint: dict[str, torch.Tensor]) -> bool:
+    wanted = from_released(checkpoint)[0]
+    mine = model.state_dict()
+    return mine.keys() == wanted.keys() and all(torch.equal(mine[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pickled_tensors_load(checkpoint, tmp_path, suffix, dtype):
+    checkpoint = {name: tensor.to(dtype) for name, tensor in checkpoint.items()}
+    torch.save(checkpoint, tmp_path / f"LocalDiT{suffix}")
+    model = LocalDiTTransformer2DModel.from_single_file(tmp_path / f"LocalDiT{suffix}", dtype=dtype)
+    assert model.dtype == dtype and same_weights(model, checkpoint)
+    assert not model.training and model.proj_out.weight.requires_grad
+
+
+def test_safetensors_load_from_a_file_and_from_its_folder_in_fp32_by_default(checkpoint, checkpoint_file):
+    for path in (checkpoint_file, str(checkpoint_file.parent)):
+        model = LocalDiTTransformer2DModel.from_single_file(path)
+        assert model.dtype == torch.float32 and same_weights(model, checkpoint)
+
+
+@pytest.fixture
+def sharded(checkpoint, tmp_path) -> Path:
+    names = sorted(checkpoint)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: checkpoint[name] for name in part}, tmp_path / file)
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return index
+
+
+def test_a_sharded_checkpoint_loads_from_its_index_and_from_its_folder(checkpoint, sharded):
+    assert same_weights(LocalDiTTransformer2DModel.from_single_file(sharded), checkpoint)
+    assert same_weights(LocalDiTTransformer2DModel.from_single_file(sharded.parent), checkpoint)
+    (sharded.parent / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shards that are not there: \['model-00002-of-00002.safetensors'\]"):
+        LocalDiTTransformer2DModel.from_single_file(sharded)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_that_would_run_code_is_refused_unrun(checkpoint, tmp_path):
+    torch.save({**checkpoint, "bomb": Bomb(tmp_path / "exploded")}, tmp_path / "LocalDiT.pt")
+    with pytest.raises(ValueError, match="loading it could run code"):
+        LocalDiTTransformer2DModel.from_single_file(tmp_path / "LocalDiT.pt")
+    assert not (tmp_path / "exploded").exists()
+    torch.load(tmp_path / "LocalDiT.pt", weights_only=False)  # the bomb is real
+    assert (tmp_path / "exploded").exists()
+
+
+def test_what_is_no_checkpoint_is_refused_in_one_sentence(checkpoint, checkpoint_file, tmp_path):
+    def refused(source, phrase):
+        with pytest.raises(ValueError, match=phrase):
+            LocalDiTTransformer2DModel.from_single_file(source)
+
+    refused(tmp_path / "nowhere.pt", "nowhere.pt does not exist")
+    text = tmp_path / "notes.txt"
+    text.write_text("no tensors")
+    refused(text, "notes.txt is no checkpoint")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(checkpoint_file.read_bytes()[:-100])
+    refused(cut, "cut.safetensors is damaged")
+    pickled = tmp_path / "cut.pt"
+    torch.save(checkpoint, pickled)
+    pickled.write_bytes(pickled.read_bytes()[: pickled.stat().st_size // 2])
+    refused(pickled, "cut.pt is damaged")
+    nested = tmp_path / "nested.pt"
+    torch.save({"step": 3, "model": checkpoint}, nested)
+    refused(nested, "is no state dict")
+    refused(tmp_path, "holds 3 checkpoints")
+
+
+def test_every_difference_is_listed(checkpoint):
+    name = "transformer_blocks.1.attn2.to_k.weight"
+    changes = {
+        "1 missing: transformer_blocks.1.cross_attn.to_k.weight": lambda x: x.pop(name),
+        "1 unexpected: extra.weight": lambda x: x.update({"extra.weight": torch.zeros(3)}),
+        r"proj_out.bias is \[15\], not \[16\]": lambda x: x.update({"proj_out.bias": torch.zeros(15)}),
+    }
+    for phrase, change in changes.items():
+        changed = dict(checkpoint)
+        change(changed)
+        with pytest.raises(ValueError, match=phrase):
+            LocalDiTTransformer2DModel.from_single_file(changed)
+    with pytest.raises(ValueError, match=r"is no released LocalDiT .* from_pretrained"):
+        LocalDiTTransformer2DModel.from_single_file({"weight": torch.zeros(3)})
+
+
+def test_the_way_to_this_format_and_back_keeps_every_bit(checkpoint):
+    for name in list(checkpoint):  # as the original code has them before training
+        if ".attn1.to_qkv." in name:
+            for part, piece in zip("qkv", checkpoint[name].chunk(3), strict=True):
+                checkpoint[name.replace("to_qkv", f"to_{part}")] = piece
+        if ".attn2.to_kv." in name:
+            key, value = (checkpoint[name.replace("to_kv", f"to_{part}")] for part in "kv")
+            checkpoint[name] = torch.cat((key, value))
+    for branch in ("expected", "off"):
+        model = LocalDiTTransformer2DModel.from_single_file(checkpoint, global_branch=branch)
+        check_releasable(model.config)
+        back = to_released(model.state_dict(), branch)
+        assert back.keys() == checkpoint.keys()
+        assert all(torch.equal(back[name], checkpoint[name]) for name in back)
+        live = to_released(model.state_dict(), branch, dead_copies=False)
+        assert live.keys() == checkpoint.keys() - from_released(checkpoint)[1].keys()
+
+
+def test_the_published_size_is_that_of_the_release():
+    with init_empty_weights():
+        model = LocalDiTTransformer2DModel(
+            attention_residual=True,
+            qk_norm_eps=1e-10,
+            mixer_options={"window": {"window_size": 4, "shift_schedule": "cyclic"}},
+        )
+    check_releasable(model.config)
+    released = to_released(model.state_dict())
+    assert len(released) == 545 and sum(tensor.numel() for tensor in released.values()) == 518_323_408
+    assert model.num_parameters() == 398_780_368
+    assert released["transformer_blocks.17.attn2.to_kv.weight"].shape == (2304, 1152)
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"attention_residual": False}, "attention_residual=False"),
+        ({"token_mixers": ("full",), "mixer_options": None}, "token_mixers=\\('full',\\)"),
+        ({"mixer_options": {"window": {"window_size": 4}}}, "shift_schedule='swin'"),
+        ({"mixer_options": {"window": {"shift_schedule": "cyclic", "global_context": 2}}}, "global_context"),
+    ],
+)
+def test_a_model_that_the_release_cannot_express_is_refused(changes, phrase, checkpoint):
+    model = LocalDiTTransformer2DModel.from_single_file(checkpoint)
+    with pytest.raises(ValueError, match=phrase):
+        check_releasable({**model.config, **changes})
+
+
+def test_weights_are_written_whole_and_never_over_others(checkpoint, tmp_path, monkeypatch):
+    path = tmp_path / "out" / "LocalDiT.safetensors"
+
+    def fail(state_dict, partial, metadata):
+        Path(partial).write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("localdit.conversion.save_file", fail)
+        with pytest.raises(OSError, match="disk full"):
+            write_state_dict(checkpoint, path)
+    assert list(path.parent.iterdir()) == []
+    write_state_dict(checkpoint, path)
+    assert read_state_dict(path).keys() == checkpoint.keys()
+    with pytest.raises(ValueError, match="exists"):
+        write_state_dict(checkpoint, path)
+    with pytest.raises(ValueError, match="choose .*LocalDiT.safetensors"):
+        write_state_dict(checkpoint, path.with_suffix(".pt"))
+
+
+def test_the_command_line_goes_there_and_back(checkpoint, checkpoint_file, tmp_path, capsys):
+    convert(["to-diffusers", str(checkpoint_file), str(tmp_path / "folder"), "--config", '{"sample_size": 32}'])
+    assert "24 tensors (35,280 parameters)" in capsys.readouterr().out
+    model = LocalDiTTransformer2DModel.from_pretrained(tmp_path / "folder")
+    assert model.config.sample_size == 32 and same_weights(model, checkpoint)
+    convert(["to-released", str(tmp_path / "folder"), str(tmp_path / "back.safetensors"), "--no_dead_copies"])
+    back = load_file(tmp_path / "back.safetensors")
+    assert all(torch.equal(back[name], checkpoint[name]) for name in back) and len(back) == len(model.state_dict()) - 12
+    with pytest.raises(ValueError, match="exists"):
+        convert(["to-diffusers", str(checkpoint_file), str(tmp_path / "folder")])
+
+
+PIXARTS = {
+    "alpha": {"use_additional_conditions": True, "out_channels": 8, "sample_size": 128},
+    "alpha 512": {"use_additional_conditions": False, "out_channels": 8, "sample_size": 64},
+    "sigma": {"use_additional_conditions": False, "out_channels": 8, "sample_size": 128, "interpolation_scale": 2},
+}
+
+
+def pixart(**changes) -> PixArtTransformer2DModel:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=CAPTION,
+        **changes,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", PIXARTS)
+def test_a_pixart_with_full_attention_gives_its_own_outputs(kind, tmp_path):
+    source = pixart(**PIXARTS[kind])
+    source.save_pretrained(tmp_path / "pixart" / "transformer")
+    given = inputs(8, 12)
+    if not source.config.use_additional_conditions:
+        given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    expected = source(**given).sample
+    for form in (source, tmp_path / "pixart", str(tmp_path / "pixart" / "transformer")):
+        model = LocalDiTTransformer2DModel.from_pixart(form)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(**given).sample, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+            )
+
+
+def test_a_pixart_starts_a_local_model_that_learns():
+    source = pixart(**PIXARTS["sigma"])
+    options = {"window": {"window_size": 2, "global_context": 2, "relative_position_bias": True}}
+    model = LocalDiTTransformer2DModel.from_pixart(source, ("window", "full"), options)
+    assert model.config.token_mixers == ("window", "full")
+    key = model.transformer_blocks[0].attn.to_k.weight
+    assert torch.equal(key, source.transformer_blocks[0].attn1.to_k.weight)
+    assert key.data_ptr() != source.transformer_blocks[0].attn1.to_k.weight.data_ptr()
+    given = inputs(8, 8) | {"added_cond_kwargs": None}
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4)
+    losses = []
+    for _ in range(4):
+        loss = model(**given).sample.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert model.transformer_blocks[0].attn.processor.context_embedding.grad.any()
+
+
+def test_a_pixart_that_is_not_there_or_has_other_settings_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no PixArt transformer"):
+        LocalDiTTransformer2DModel.from_pixart(tmp_path)
+    with pytest.raises(ValueError, match="upcast_attention=True"):
+        LocalDiTTransformer2DModel.from_pixart(pixart(**PIXARTS["sigma"], upcast_attention=True))
+
+
+def test_the_learned_variance_of_a_pixart_is_left_to_no_sampler(make_pipeline, latent_components):
+    transformer = LocalDiTTransformer2DModel.from_pixart(pixart(**{**PIXARTS["sigma"], "sample_size": 8}))
+    both = make_pipeline(vae=latent_components["vae"], transformer=transformer)
+    mean = LocalDiTTransformer2DModel(**{**transformer.config, "out_channels": 4})
+    rows = transformer.state_dict()
+    for name in ("proj_out.weight", "proj_out.bias"):  # a token's outputs are [patch, patch, channels]
+        rows[name] = rows[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)
+    mean.load_state_dict(rows)
+    alone = make_pipeline(vae=latent_components["vae"], transformer=mean.eval(), text_encoder=both.text_encoder)
+    pictures = [
+        pipe("a red seven", generator=torch.Generator().manual_seed(1), output_type="pt").images
+        for pipe in (both, alone)
+    ]
+    torch.testing.assert_close(*pictures)
+
+
+def test_a_whole_pipeline_is_assembled_around_a_checkpoint(checkpoint_file, pipeline, latent_components, tmp_path):
+    text = {"tokenizer": pipeline.tokenizer, "text_encoder": pipeline.text_encoder}
+    loaded = LocalDiTPipeline.from_single_file(
+        checkpoint_file, config={"sample_size": 8}, vae=latent_components["vae"], **text
+    )
+    scheduler = loaded.scheduler.config
+    assert (scheduler.algorithm_type, scheduler.solver_order, scheduler.solver_type) == ("dpmsolver++", 2, "midpoint")
+    assert (scheduler.beta_start, scheduler.beta_end, scheduler.beta_schedule) == (1e-4, 0.02, "linear")
+    assert (scheduler.prediction_type, scheduler.timestep_spacing) == ("epsilon", "linspace")
+    assert loaded.call_default("guidance_scale", None) == 7 and loaded.default_size(None, None) == (768, 1024)
+    assert loaded.call_default("num_inference_steps", None) == 20
+    assert loaded.call_default("max_sequence_length", None) == 120
+    sizes = loaded.size_conditions(1, 768, 1024)
+    assert sizes["aspect_ratio"].tolist() == [[pytest.approx(1024 / 768)]]
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded("a red seven", height=16, width=32, num_inference_steps=2).images[0].size == (32, 16)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert LocalDiTPipeline.from_pretrained(tmp_path / "saved").config.call_defaults["aspect_ratio"] == "width/height"
+
+
+def test_a_component_that_the_hub_does_not_give_is_named(checkpoint_file):
+    with pytest.raises(ValueError, match=r"tokenizer was not given and google/flan-t5-xxl cannot be loaded"):
+        LocalDiTPipeline.from_single_file(checkpoint_file, local_files_only=True)
+    with pytest.raises(ValueError, match=r"vae was not given and PixArt-alpha/"):
+        LocalDiTPipeline.from_single_file(checkpoint_file, tokenizer=None, text_encoder=None, local_files_only=True)
