@@ -11,12 +11,13 @@ import sys
 import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
+from localdit.hub import push_to_hub
 from localdit.models.transformer_localdit import LocalDiTBlock, LocalDiTTransformer2DModel
 from localdit.version import VERSION
 
 __version__ = VERSION
 
-__all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTPipeline", "LocalDiTTransformer2DModel"]
+__all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTInpaintPipeline", "LocalDiTPipeline", "LocalDiTTransformer2DModel"]
 
 
 # diffusers' other pipelines, imported below, make transformers warn of a missing torchvision, which nothing here uses
@@ -35,6 +36,8 @@ def _pipeline(module: str, name: str) -> type:
 
 LocalDiTPipeline = _pipeline("pipeline_localdit", "LocalDiTPipeline")
 LocalDiTImg2ImgPipeline = _pipeline("pipeline_localdit_img2img", "LocalDiTImg2ImgPipeline")
+LocalDiTInpaintPipeline = _pipeline("pipeline_localdit_inpaint", "LocalDiTInpaintPipeline")
+PIPELINES = (LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline)
 
 
 def _register_with_diffusers() -> None:
@@ -43,13 +46,15 @@ def _register_with_diffusers() -> None:
     # What each line is for was measured against diffusers 0.42; tests/test_registration.py holds diffusers to it.
     LocalDiTTransformer2DModel.__module__ = "localdit"  # save_pretrained writes ["localdit", ...]
     diffusers.pipelines.localdit = sys.modules["localdit"]  # where loading looks a component's library up
-    for cls in (LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTTransformer2DModel):
+    for cls in (*PIPELINES, LocalDiTTransformer2DModel):
         setattr(diffusers, cls.__name__, cls)  # where loading looks a class name up
-    for cls in (LocalDiTPipeline, LocalDiTImg2ImgPipeline):
+    for cls in PIPELINES:
         # from_pipe accepts a component only where its exact class is annotated, and pipelines never import localdit
         cls.__init__.__annotations__["transformer"] = LocalDiTTransformer2DModel
+        cls.push_to_hub = push_to_hub  # diffusers' own pushes no code
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.update(localdit=LocalDiTPipeline)
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.update(localdit=LocalDiTImg2ImgPipeline)
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING.update(localdit=LocalDiTInpaintPipeline)
     TransformerBlockRegistry.register(
         LocalDiTBlock,
         TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),  # pyright: ignore[reportArgumentType]

@@ -248,8 +248,12 @@ class LocalDiTPipelineMixin:
         eta: float,
         callback_on_step_end: Callable | None,
         callback_on_step_end_tensor_inputs: Iterable[str],
+        after_step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Run the sampler over `timesteps`; `conditions` maps the names that `encode_prompt` returns to its tensors."""
+        """Run the sampler over `timesteps`; `conditions` maps the names that `encode_prompt` returns to its tensors.
+
+        `after_step` changes the latents after each step, given them and the timesteps that are left.
+        """
         step_arguments = _supported(self.scheduler.step, generator=generator, eta=eta)
         warmup_steps = max(len(timesteps) - self._num_timesteps * self.scheduler.order, 0)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -259,6 +263,8 @@ class LocalDiTPipelineMixin:
                 self._current_timestep = timestep
                 prediction = self.predict(latents, timestep, conditions, height, width)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
+                if after_step is not None:
+                    latents = after_step(latents, timesteps[index + 1 :])
                 if callback_on_step_end is not None:
                     state = {"latents": latents, **conditions}
                     chosen = {name: state[name] for name in callback_on_step_end_tensor_inputs}

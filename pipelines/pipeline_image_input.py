@@ -118,10 +118,7 @@ class LocalDiTImageInputMixin:
         if self.is_latents(image):
             latents = image.reshape(-1, *image.shape[-3:]).to(device=device, dtype=dtype)
         else:
-            pictures = single_pictures(image)
-            signed = any(not isinstance(picture, Image.Image) and picture.min() < 0 for picture in pictures)
-            pictures = [as_unit_range(picture, signed) for picture in pictures]
-            pixels = torch.cat([self._preprocess(picture, height, width) for picture in pictures]).to(device)
+            pixels = self.image_pixels(image, height, width).to(device)
             latents = pixels.to(dtype)
             if self.vae is not None:
                 config = self.vae.config
@@ -129,6 +126,13 @@ class LocalDiTImageInputMixin:
                 latents = (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
                 latents = latents.to(dtype)
         return latents.repeat_interleave(batch_size // len(latents), dim=0)
+
+    def image_pixels(self, image, height: int, width: int) -> torch.Tensor:
+        """The picture(s) resized, in [-1, 1], one row for each."""
+        pictures = single_pictures(image)
+        signed = any(not isinstance(picture, Image.Image) and picture.min() < 0 for picture in pictures)
+        pictures = [as_unit_range(picture, signed) for picture in pictures]
+        return torch.cat([self._preprocess(picture, height, width) for picture in pictures])
 
     def _preprocess(self, picture, height: int, width: int) -> torch.Tensor:
         if isinstance(picture, Image.Image):
@@ -143,6 +147,12 @@ class LocalDiTImageInputMixin:
             return clean
         if strength == 1:
             return noise * self.init_noise_sigma
+        return self.noised(clean, noise, timesteps)
+
+    def noised(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The picture as it would be at the first of `timesteps`, or clean where none are left."""
+        if not len(timesteps):
+            return clean
         start = timesteps[:1].expand(len(clean))
         if hasattr(self.scheduler, "scale_noise"):  # flow matching
             return self.scheduler.scale_noise(clean, start, noise)

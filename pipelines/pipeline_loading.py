@@ -1,7 +1,9 @@
 """A pipeline's folder: what is missing or damaged in it is named in one sentence, before anything is loaded."""
 
+import inspect
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ RELEASED_CALL_DEFAULTS = {
     "max_sequence_length": 120,
     "aspect_ratio": "width/height",
 }
+REMOTE_CODE = "diffusers_modules"  # the package that diffusers runs a folder's own code in
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "scheduler")
 
 
@@ -103,15 +106,31 @@ class LocalDiTLoadingMixin:
         return cls(**components, transformer=transformer, call_defaults=RELEASED_CALL_DEFAULTS)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Save as `DiffusionPipeline.save_pretrained` does, with a text encoder that any loader brings in fp32.
+        """Save as `DiffusionPipeline.save_pretrained` does, so that the folder loads wherever this pipeline did.
 
-        transformers loads in the precision that config.json names, so that names fp32, whatever the weights' own.
+        transformers loads a text encoder in the precision that its config.json names, so that names fp32, whatever the
+        weights' own. Code that came with the weights goes with them.
         """
         super().save_pretrained(save_directory, *args, **kwargs)
         config_file = Path(save_directory) / "text_encoder" / "config.json"
         if config_file.is_file():
             config = json.loads(config_file.read_text())
             config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+        if type(self.transformer).__module__.startswith(REMOTE_CODE):
+            _save_remote_code(self, Path(save_directory))
+
+
+def _save_remote_code(pipeline, folder: Path) -> None:
+    """Copy the code that a pipeline was loaded with into its folder, and let model_index.json name it as it was."""
+    code = Path(inspect.getfile(type(pipeline.transformer)))
+    shutil.copyfile(code, folder / "transformer" / "localdit.py")
+    pipeline_file = Path(inspect.getfile(type(pipeline)))
+    for file in [pipeline_file, *pipeline_file.parent.glob("pipeline_*.py")]:
+        shutil.copyfile(file, folder / file.name)
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text())
+    index["transformer"][0] = "localdit"
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def check_source(source: str, given: dict[str, Any]) -> None:

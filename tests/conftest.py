@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 
 from config import TextEncoderConfig
-from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from train.components import build_text_encoder, build_tokenizer
 
 CAPTION_CHANNELS = 24
@@ -75,6 +75,11 @@ def pipeline() -> LocalDiTPipeline:
 @pytest.fixture
 def img2img() -> LocalDiTImg2ImgPipeline:
     return _quiet(LocalDiTImg2ImgPipeline(**make_components()))
+
+
+@pytest.fixture
+def inpaint() -> LocalDiTInpaintPipeline:
+    return _quiet(LocalDiTInpaintPipeline(**make_components()))
 
 
 @pytest.fixture
