@@ -36,8 +36,8 @@ class TextEncoderConfig:
     """The T5 encoder of a model with captions: a given one, or a new one over the words of the data's captions.
 
     Args:
-        pretrained: folder or Hub id of a T5 encoder and its tokenizer, whose sizes then count instead of those below;
-            None for random weights.
+        pretrained: folder or Hub id of a T5 encoder and its tokenizer, or the folder of a pipeline that has both; its
+            sizes then count instead of those below. None for random weights.
         frozen: leave the encoder as it is and train the transformer alone.
         d_model: width of its states; must equal the model's caption_channels.
         num_layers: blocks.

@@ -1,6 +1,7 @@
 """The networks of a run: built or loaded, wrapped for training, made into a pipeline."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
@@ -136,9 +137,12 @@ def text_networks(config: TextEncoderConfig, words: list[str]) -> tuple[PreTrain
     if config.pretrained is None:
         tokenizer = build_tokenizer(words, config.max_sequence_length)
         return tokenizer, build_text_encoder(config, len(tokenizer))
+    pipeline = Path(config.pretrained)
+    folders = (pipeline / "tokenizer", pipeline / "text_encoder")
+    sources = folders if all(folder.is_dir() for folder in folders) else (config.pretrained, config.pretrained)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.pretrained)
-        text_encoder = T5EncoderModel.from_pretrained(config.pretrained, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(sources[0])
+        text_encoder = T5EncoderModel.from_pretrained(sources[1], dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"text_encoder.pretrained={config.pretrained!r} holds no T5 encoder with its tokenizer "
