@@ -41,7 +41,9 @@ PIPELINES = (LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline)
 
 
 def _register_with_diffusers() -> None:
-    from diffusers.pipelines import auto_pipeline  # not before the filter above, since it imports every pipeline
+    # not before the filter above, since these import every pipeline
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+    from diffusers.pipelines import auto_pipeline
 
     # What each line is for was measured against diffusers 0.42; tests/test_registration.py holds diffusers to it.
     LocalDiTTransformer2DModel.__module__ = "localdit"  # save_pretrained writes ["localdit", ...]
@@ -55,6 +57,10 @@ def _register_with_diffusers() -> None:
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING.update(localdit=LocalDiTPipeline)
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.update(localdit=LocalDiTImg2ImgPipeline)
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING.update(localdit=LocalDiTInpaintPipeline)
+    # the tensors of a .gguf come by our own names, so nothing is renamed
+    SINGLE_FILE_LOADABLE_CLASSES["LocalDiTTransformer2DModel"] = {
+        "checkpoint_mapping_fn": lambda checkpoint, **_: checkpoint
+    }
     TransformerBlockRegistry.register(
         LocalDiTBlock,
         TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),  # pyright: ignore[reportArgumentType]

@@ -45,6 +45,8 @@ class ForeignCheckpointsMixin:
         Args:
             pretrained_model_link_or_path_or_dict: a .safetensors or .pt file (a pickle that holds more than tensors is
                 refused), a sharded checkpoint's index or folder, a link to a file on the Hub, or the tensors by name.
+                A .gguf file holds tensors by this model's own names; it wants `config` to be a folder or Hub id and
+                `quantization_config=GGUFQuantizationConfig(...)`.
             config: settings that the shapes cannot tell, as a dict that overrides what they do tell and the release's
                 own: {"sample_size": 64, "mixer_options": {"window": {"window_size": 8, "shift_schedule": "cyclic"}}}.
                 A folder or Hub id whose config.json describes the whole model does too.
@@ -61,6 +63,12 @@ class ForeignCheckpointsMixin:
             ValueError: where the file is missing, damaged or could run code, or any tensor is missing or too much.
         """
         given = pretrained_model_link_or_path_or_dict
+        dtype = dtype or torch_dtype or torch.float32
+        if not isinstance(given, dict) and os.fspath(given).endswith(".gguf"):
+            if not isinstance(config, str | os.PathLike):
+                raise ValueError(f"{given} tells no config; give config= the folder or Hub id that has config.json.")
+            kwargs |= {"config": os.fspath(config), "subfolder": subfolder, "dtype": dtype}
+            return super().from_single_file(os.fspath(given), **kwargs)  # diffusers reads these, and quantized ones
         if isinstance(given, dict):
             state_dict, source = given, "The state dict"
         else:
@@ -88,7 +96,6 @@ class ForeignCheckpointsMixin:
         with no_init_weights():  # every tensor is replaced below
             model = cls.from_config(settings)
         check_names(model.state_dict(), state_dict, source)
-        dtype = dtype or torch_dtype or torch.float32
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
         return model.eval()
 
