@@ -4,10 +4,12 @@ import inspect
 
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
+from localdit.mixers.sliding_window import SlidingWindowAttnProcessor
 from localdit.mixers.window import WindowAttnProcessor
 
 MIXERS: dict[str, type[TokenMixer]] = {
     "full": FullAttnProcessor,
+    "sliding_window": SlidingWindowAttnProcessor,
     "window": WindowAttnProcessor,
 }
 
