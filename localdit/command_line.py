@@ -143,7 +143,7 @@ def run(program: str, main: Callable[[], None]) -> None:
     """Run a command line; what the user got wrong ends it with one sentence and exit code 2."""
     try:
         main()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except (RuntimeError, MemoryError) as error:

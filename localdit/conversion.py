@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 GLOBAL_BRANCHES = ("expected", "off")
 STATE_DICT_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 
 # What the shapes of a released checkpoint cannot tell, as its published settings have it.
 RELEASED_CONFIG = {
@@ -46,7 +48,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = _checkpoint_file(Path(path))
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        shards = _shards(path)
         missing = [name for name in shards if not (path.parent / name).is_file()]
         if missing:
             raise ValueError(f"{path} names shards that are not there: {missing}; download them anew.")
@@ -60,15 +62,22 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     return _read_pickle(path)
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged: it is no JSON with a weight_map; download it anew.") from error
+
+
 def _checkpoint_file(path: Path) -> Path:
     """The file that `path` names, or the only checkpoint of the folder that it names."""
     if path.is_file():
-        if not path.name.endswith((*STATE_DICT_SUFFIXES, ".safetensors.index.json")):
+        if not path.name.endswith((*STATE_DICT_SUFFIXES, *INDEX_SUFFIXES)):
             raise ValueError(f"{path} is no checkpoint; give a file that ends in {', '.join(STATE_DICT_SUFFIXES)}.")
         return path
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; give the path of a checkpoint.")
-    found = sorted(path.glob("*.safetensors.index.json")) or sorted(
+    found = sorted(file for file in path.iterdir() if file.name.endswith(INDEX_SUFFIXES)) or sorted(
         file for file in path.iterdir() if file.suffix in STATE_DICT_SUFFIXES
     )
     if len(found) != 1:
@@ -79,7 +88,7 @@ def _checkpoint_file(path: Path) -> Path:
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and loading it could run code, so it was not loaded; "
@@ -219,6 +228,12 @@ def check_global_branch(global_branch: str) -> None:
         raise ValueError(f"global_branch={global_branch!r} is not known; choose among {list(GLOBAL_BRANCHES)}.")
 
 
+def untold_by_shapes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `from_single_file` has to be given as `config` to load a released file of this model as it was."""
+    told = {name: config[name] for name in ("sample_size", "mixer_options")}
+    return {name: value for name, value in told.items() if value != RELEASED_CONFIG[name]}
+
+
 def check_releasable(config: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first setting of a model that the released architecture does not have."""
     window = dict((config["mixer_options"] or {}).get("window", {}))
@@ -226,6 +241,8 @@ def check_releasable(config: Mapping[str, Any]) -> None:
     wanted = {
         "attention_residual": True,
         "qk_norm": "rms_norm",
+        "qk_norm_eps": 1e-10,
+        "norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "attention_bias": True,
         "activation_fn": "gelu-approximate",
@@ -238,6 +255,12 @@ def check_releasable(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"token_mixers={tuple(config['token_mixers'])!r} and caption_channels={config['caption_channels']} do not "
             "both have a place in the released format, which has window attention and text."
+        )
+    interpolation_scale = max(config["sample_size"] // 64, 1)
+    if config["interpolation_scale"] not in (None, interpolation_scale):
+        raise ValueError(
+            f"interpolation_scale={config['interpolation_scale']} has no place in the released format, which has "
+            f"{interpolation_scale} at sample_size={config['sample_size']}."
         )
     sizes = config["use_additional_conditions"]
     if not (config["sample_size"] == 128 if sizes is None else sizes):
@@ -286,11 +309,13 @@ def load_pixart(source: str | os.PathLike | PixArtTransformer2DModel, **kwargs: 
     """A PixArt transformer: given, or of a pipeline's or the transformer's own folder or Hub id."""
     if isinstance(source, PixArtTransformer2DModel):
         return source
-    whole = os.path.isdir(source) and os.path.isfile(os.path.join(source, "config.json"))
-    if not whole and "subfolder" not in kwargs:
-        kwargs["subfolder"] = "transformer"
     try:
-        return PixArtTransformer2DModel.from_pretrained(source, **kwargs)
+        if "subfolder" in kwargs:
+            return PixArtTransformer2DModel.from_pretrained(source, **kwargs)
+        try:
+            return PixArtTransformer2DModel.from_pretrained(source, subfolder="transformer", **kwargs)
+        except OSError:
+            return PixArtTransformer2DModel.from_pretrained(source, **kwargs)
     except OSError as error:
         raise ValueError(
             f"{os.fspath(source)!r} holds no PixArt transformer ({_first_line(error)}); give the folder or Hub id of a "

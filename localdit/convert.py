@@ -16,15 +16,37 @@ from localdit.conversion import (
     is_released_format,
     read_state_dict,
     to_released,
+    untold_by_shapes,
     write_state_dict,
 )
 from localdit.models.transformer_localdit import LocalDiTTransformer2DModel
 
 
+def check_target(target: Path) -> None:
+    """Raise a ValueError where there is something already, before any work."""
+    if target.exists():
+        raise ValueError(f"{target} exists; remove it or choose another name.")
+
+
+def parse_json(name: str, text: str) -> dict:
+    """The object that a JSON argument holds."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--{name} {text!r} is no JSON ({error}); give an object such as '{{}}'.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--{name} {text!r} is no JSON object; give one such as '{{}}'.")
+    return value
+
+
+def common_dtype(state_dict: dict[str, torch.Tensor]) -> torch.dtype:
+    """The precision in which every bit is kept: the one of all tensors, or fp32 where they differ."""
+    stored = {tensor.dtype for tensor in state_dict.values()}
+    return stored.pop() if len(stored) == 1 else torch.float32
+
+
 def save_folder(model: LocalDiTTransformer2DModel, folder: Path) -> None:
-    """Save a transformer's folder, which appears only when it is whole; raises a ValueError where it exists."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists; remove it or choose another name.")
+    """Save a transformer's folder, which appears only when it is whole."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         model.save_pretrained(Path(temporary) / folder.name)
@@ -33,15 +55,16 @@ def save_folder(model: LocalDiTTransformer2DModel, folder: Path) -> None:
 
 def to_diffusers(arguments: argparse.Namespace) -> None:
     """Released format -> transformer folder."""
+    check_target(arguments.target)
+    config = parse_json("config", arguments.config)
     state_dict = read_state_dict(arguments.source)
-    stored = next(iter(state_dict.values())).dtype
-    dtype = DTYPES[arguments.dtype] if arguments.dtype else stored
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else common_dtype(state_dict)
     if is_released_format(state_dict):
         dead = from_released(state_dict, arguments.global_branch)[1]
         parameters = sum(tensor.numel() for tensor in dead.values())
         print(f"{len(dead)} tensors ({parameters:,} parameters) that nothing reads are left out.")
     model = LocalDiTTransformer2DModel.from_single_file(
-        state_dict, config=json.loads(arguments.config), global_branch=arguments.global_branch, dtype=dtype
+        state_dict, config=config, global_branch=arguments.global_branch, dtype=dtype
     )
     save_folder(model, arguments.target)
     print(f"{arguments.target} holds {model.num_parameters():,} parameters; load it with from_pretrained.")
@@ -49,19 +72,23 @@ def to_diffusers(arguments: argparse.Namespace) -> None:
 
 def to_release(arguments: argparse.Namespace) -> None:
     """Transformer folder -> released format."""
+    check_target(arguments.target)
     model = load_folder(arguments.source)
     check_releasable(model.config)
     released = to_released(model.state_dict(), arguments.global_branch, dead_copies=not arguments.no_dead_copies)
     write_state_dict(released, arguments.target)
     print(f"{arguments.target} holds {len(released)} tensors in the released format.")
+    if untold := untold_by_shapes(model.config):
+        print(f"It does not tell its settings; load it with config={json.dumps(untold)}.")
 
 
 def from_pixart(arguments: argparse.Namespace) -> None:
     """PixArt folder or Hub id -> transformer folder."""
+    check_target(arguments.target)
     model = LocalDiTTransformer2DModel.from_pixart(
         arguments.source,
         tuple(arguments.token_mixers),
-        json.loads(arguments.mixer_options),
+        parse_json("mixer_options", arguments.mixer_options),
         dtype=DTYPES[arguments.dtype] if arguments.dtype else None,
     )
     save_folder(model, arguments.target)
@@ -74,8 +101,7 @@ def load_folder(source: str) -> LocalDiTTransformer2DModel:
     folder = folder if (folder / "config.json").is_file() else folder / "transformer"
     if not (folder / "config.json").is_file():
         raise ValueError(f"{source!r} holds no transformer (no config.json); give its folder or its pipeline's.")
-    stored = {tensor.dtype for tensor in read_state_dict(folder).values()}
-    return LocalDiTTransformer2DModel.from_pretrained(folder, dtype=stored.pop() if len(stored) == 1 else torch.float32)
+    return LocalDiTTransformer2DModel.from_pretrained(folder, dtype=common_dtype(read_state_dict(folder)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -83,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     branch = {"choices": GLOBAL_BRANCHES, "default": "expected", "help": "see localdit.conversion.from_released"}
-    dtype = {"choices": sorted(DTYPES), "help": "of the written weights; by default as they are stored"}
+    dtype = {"choices": sorted(DTYPES), "help": "of the written weights"}
 
     command = commands.add_parser("to-diffusers", help="the released LocalDiT's format -> a transformer folder")
     command.add_argument("source", help="a .safetensors or .pt file, an index of shards, or a folder with one")

@@ -1,6 +1,7 @@
 """Folders and Hub repositories that carry their code: they run with localdit installed, and without it."""
 
 import ast
+import importlib
 import inspect
 import shutil
 from collections.abc import Mapping
@@ -56,8 +57,8 @@ def export(
     """
     folder = Path(folder)
     pipeline.save_pretrained(folder, **kwargs)
-    if not type(pipeline).__module__.startswith("diffusers_modules"):  # else saving has just copied the code along
-        write_code(folder, Path(inspect.getfile(type(pipeline))).parent)
+    front_door = importlib.import_module("localdit")  # which alone knows where the pipelines' files are
+    write_code(folder, Path(inspect.getfile(front_door.LocalDiTPipeline)).parent)
     write_card(pipeline, folder, repo_id or folder.name, license, images or {}, scores or {})
     return folder
 

@@ -58,7 +58,7 @@ def as_unit_range(picture, signed: bool):
         return picture
     if str(picture.dtype).endswith("uint8"):
         return picture / 255
-    return (picture + 1) / 2 if signed else picture
+    return ((picture + 1) / 2 if signed else picture).clip(0, 1)
 
 
 class LocalDiTImageInputMixin:
@@ -130,7 +130,8 @@ class LocalDiTImageInputMixin:
     def image_pixels(self, image, height: int, width: int) -> torch.Tensor:
         """The picture(s) resized, in [-1, 1], one row for each."""
         pictures = single_pictures(image)
-        signed = any(not isinstance(picture, Image.Image) and picture.min() < 0 for picture in pictures)
+        # one picture alone may be all bright, so the whole batch tells the range; undershoot by resizing does not
+        signed = any(not isinstance(picture, Image.Image) and picture.min() < -0.1 for picture in pictures)
         pictures = [as_unit_range(picture, signed) for picture in pictures]
         return torch.cat([self._preprocess(picture, height, width) for picture in pictures])
 

@@ -1,6 +1,5 @@
 """A pipeline's folder: what is missing or damaged in it is named in one sentence, before anything is loaded."""
 
-import inspect
 import json
 import os
 import shutil
@@ -86,7 +85,7 @@ class LocalDiTLoadingMixin:
         transformer = cls.__init__.__annotations__["transformer"].from_single_file(
             pretrained_model_link_or_path, config=config, global_branch=global_branch, dtype=dtype, **kwargs
         )
-        kwargs.pop("revision", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         makers = {
             "tokenizer": lambda: AutoTokenizer.from_pretrained(RELEASED_TEXT_ENCODER, **kwargs),
             "text_encoder": lambda: T5EncoderModel.from_pretrained(RELEASED_TEXT_ENCODER, dtype=dtype, **kwargs),
@@ -105,28 +104,36 @@ class LocalDiTLoadingMixin:
                 ) from error
         return cls(**components, transformer=transformer, call_defaults=RELEASED_CALL_DEFAULTS)
 
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs: Any):
+        """Make this pipeline of another's components, as `DiffusionPipeline.from_pipe` does, in their own precision."""
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            kwargs["dtype"] = pipeline.dtype
+        return super().from_pipe(pipeline, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, so that the folder loads wherever this pipeline did.
 
         transformers loads a text encoder in the precision that its config.json names, so that names fp32, whatever the
         weights' own. Code that came with the weights goes with them.
         """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained writes a folder only; push with pipeline.push_to_hub(repo_id).")
         super().save_pretrained(save_directory, *args, **kwargs)
         config_file = Path(save_directory) / "text_encoder" / "config.json"
         if config_file.is_file():
             config = json.loads(config_file.read_text())
             config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
-        if type(self.transformer).__module__.startswith(REMOTE_CODE):
+        if any(type(part).__module__.startswith(REMOTE_CODE) for part in (self, self.transformer)):
             _save_remote_code(self, Path(save_directory))
 
 
 def _save_remote_code(pipeline, folder: Path) -> None:
-    """Copy the code that a pipeline was loaded with into its folder, and let model_index.json name it as it was."""
-    code = Path(inspect.getfile(type(pipeline.transformer)))
-    shutil.copyfile(code, folder / "transformer" / "localdit.py")
-    pipeline_file = Path(inspect.getfile(type(pipeline)))
-    for file in [pipeline_file, *pipeline_file.parent.glob("pipeline_*.py")]:
-        shutil.copyfile(file, folder / file.name)
+    """Copy the code that came with a pipeline's weights into its folder, and let model_index.json name it as it was."""
+    source = Path(pipeline.transformer.config.get("_name_or_path", "")).parent  # the transformer's folder is in it
+    if source.resolve() != folder.resolve():
+        for file in (*source.glob("pipeline*.py"), *source.glob("transformer/localdit.py")):
+            shutil.copyfile(file, folder / file.relative_to(source))
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text())
     index["transformer"][0] = "localdit"

@@ -23,13 +23,19 @@ def as_plane(mask) -> torch.Tensor:
     if isinstance(mask, Image.Image):
         if 0 in mask.size:
             raise ValueError(f"mask_image is {mask.width} x {mask.height} pixels; give a mask of at least 1 x 1.")
+        try:
+            mask.load()
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"mask_image cannot be read ({error}); give a complete picture.") from error
+        if mask.mode.startswith(("I", "F")):
+            raise ValueError(f"mask_image has PIL mode {mask.mode!r}; convert it to 'L', black and white.")
         return torch.from_numpy(np.array(mask.convert("L"))).float() / 255
     if not isinstance(mask, np.ndarray | torch.Tensor):
         raise TypeError(
             f"mask_image is or holds {reprlib.repr(mask)} of type {type(mask).__name__}; give a PIL image, a numpy "
             "array, a tensor or a list of them."
         )
-    plane = torch.as_tensor(mask)
+    plane = mask if isinstance(mask, torch.Tensor) else torch.from_numpy(np.array(mask))
     plane = plane[0] if plane.ndim == 3 and len(plane) == 1 else plane
     if plane.ndim != 2 or not plane.numel():
         raise ValueError(f"mask_image has a mask of shape {list(mask.shape)}; give [height, width].")

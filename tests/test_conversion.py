@@ -244,6 +244,32 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(checkpoint, checkpoint
     refused(tmp_path, "holds 3 checkpoints")
 
 
+def test_unknown_settings_and_arguments_are_refused(checkpoint):
+    for arguments, phrase in (
+        ({"config": {"window_size": 8}}, r"unknown key\(s\) \['window_size'\]"),
+        ({"nonsense": 3}, r"does not know \['nonsense'\]"),
+        ({"quantization_config": 1}, r"does not know \['quantization_config'\]"),
+    ):
+        with pytest.raises(ValueError, match=phrase):
+            LocalDiTTransformer2DModel.from_single_file(checkpoint, **arguments)
+
+
+def test_the_model_shares_no_memory_with_the_tensors_it_was_made_from(checkpoint):
+    model = LocalDiTTransformer2DModel.from_single_file(checkpoint)
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in checkpoint.values()}
+    assert not theirs & {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+
+def test_pickles_of_before_torch_1_6_load_and_a_bad_index_is_named(checkpoint, tmp_path):
+    torch.save(checkpoint, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert same_weights(LocalDiTTransformer2DModel.from_single_file(tmp_path / "old.pt"), checkpoint)
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("{}", "garbage"):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="index.json is damaged"):
+            LocalDiTTransformer2DModel.from_single_file(index)
+
+
 def test_every_difference_is_listed(checkpoint):
     name = "transformer_blocks.1.attn2.to_k.weight"
     changes = {
@@ -298,6 +324,8 @@ def test_the_published_size_is_that_of_the_release():
         ({"attention_residual": False}, "attention_residual=False"),
         ({"token_mixers": ("full",), "mixer_options": None}, "token_mixers=\\('full',\\)"),
         ({"mixer_options": {"window": {"window_size": 4}}}, "shift_schedule='swin'"),
+        ({"norm_eps": 1e-2}, "norm_eps=0.01"),
+        ({"interpolation_scale": 7}, "interpolation_scale=7"),
         ({"mixer_options": {"window": {"shift_schedule": "cyclic", "global_context": 2}}}, "global_context"),
     ],
 )
@@ -335,8 +363,11 @@ def test_the_command_line_goes_there_and_back(checkpoint, checkpoint_file, tmp_p
     convert(["to-released", str(tmp_path / "folder"), str(tmp_path / "back.safetensors"), "--no_dead_copies"])
     back = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(back[name], checkpoint[name]) for name in back) and len(back) == len(model.state_dict()) - 12
+    assert 'load it with config={"sample_size": 32}' in capsys.readouterr().out
     with pytest.raises(ValueError, match="exists"):
         convert(["to-diffusers", str(checkpoint_file), str(tmp_path / "folder")])
+    with pytest.raises(ValueError, match="--config 'oops' is no JSON"):
+        convert(["to-diffusers", str(checkpoint_file), str(tmp_path / "other"), "--config", "oops"])
 
 
 PIXARTS = {

@@ -211,19 +211,23 @@ from localdit import LocalDiTImg2ImgPipeline
 draw(DiffusionPipeline.from_pretrained("model"), "with.pt")
 draw(DiffusionPipeline.from_pretrained("again"), "again with.pt")
 draw(LocalDiTImg2ImgPipeline.from_pretrained("model"), "img2img with.pt", **IMAGE)
+both = DiffusionPipeline.from_pretrained("model", custom_pipeline="pipeline", trust_remote_code=True)
+both.save_pretrained("again_both")  # the folder's pipeline around the installed transformer
 """,
         tmp_path,
     )
     run(
         WITHOUT
         + """
-draw(DiffusionPipeline.from_pretrained("again", custom_pipeline="pipeline", trust_remote_code=True), "again.pt")
+for folder in ("again", "again_both", "again_img2img"):
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
+    draw(pipe, folder + ".pt")
 again = dict(custom_pipeline="pipeline_img2img", trust_remote_code=True)
 draw(DiffusionPipeline.from_pretrained("again_img2img", **again), "img2img again.pt", **IMAGE)
 """,
         tmp_path,
     )
-    first, *others = pictures(tmp_path, "with", "without", "again with", "again")
+    first, *others = pictures(tmp_path, "with", "without", "again with", "again", "again_both", "again_img2img")
     assert all(torch.equal(first, other) for other in others)
     first, *others = pictures(tmp_path, "img2img with", "img2img without", "img2img again")
     assert all(torch.equal(first, other) for other in others)
@@ -281,6 +285,8 @@ def test_a_download_that_breaks_off_is_resumed_or_refused_but_never_half_a_model
     pushed, pulled = pictures(tmp_path, "pushed", "pulled")
     assert torch.equal(pushed, pulled)
     assert not server.cuts, "one download broke off"
+    whole = [name for name, _ in server.downloads if name.endswith(".safetensors")]
+    assert len(whole) > len(set(whole)), "and was asked for again"
 
 
 def test_the_bundle_is_one_file_that_imports_nothing_of_ours():

@@ -102,6 +102,13 @@ def test_every_form_of_a_mask_means_the_same(inpaint, mask):
     np.testing.assert_array_equal(paint(inpaint, mask), paint(inpaint))
 
 
+def test_a_picture_that_resizing_left_a_little_below_zero_is_no_signed_one(inpaint):
+    picture = pixels(PICTURE)
+    picture[0, 0, 0] = -0.01
+    kept = paint(inpaint, np.zeros((16, 16), np.float32), picture)[0]
+    np.testing.assert_allclose(kept, picture.clip(0, 1), atol=1e-6)
+
+
 def test_each_picture_may_have_its_own_mask(inpaint):
     masks = [LEFT, 1 - LEFT]
     generators = [torch.Generator().manual_seed(0) for _ in masks]
@@ -129,6 +136,7 @@ def test_a_latent_is_painted_where_any_of_its_pixels_is(make_pipeline, latent_co
         (LEFT * 2, ValueError, "values from 0 to 2"),
         (LEFT * np.nan, ValueError, "values from nan"),
         (Image.new("L", (0, 4)), ValueError, "0 x 4 pixels"),
+        (Image.new("I;16", (4, 4)), ValueError, "mode 'I;16'"),
     ],
 )
 def test_a_bad_mask_is_refused_before_any_work(inpaint, mask, error, phrase):
@@ -141,6 +149,7 @@ def test_the_auto_pipeline_and_from_pipe_share_every_weight(model_folder):
     inpaint = AutoPipelineForInpainting.from_pretrained(model_folder)
     assert type(inpaint) is LocalDiTInpaintPipeline
     for other in (LocalDiTPipeline, LocalDiTImg2ImgPipeline):
-        made = other.from_pipe(inpaint)
+        made = other.from_pipe(inpaint.to(torch.bfloat16))
+        assert made.transformer.dtype == made.text_encoder.dtype == torch.bfloat16
         assert made.transformer is inpaint.transformer and made.text_encoder is inpaint.text_encoder
         assert type(LocalDiTInpaintPipeline.from_pipe(made)) is LocalDiTInpaintPipeline

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -25,6 +25,7 @@ from config import (
     TextPretrainingConfig,
     TrainConfig,
 )
+from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
 from localdit.data import digit_scenes
 from train.autoencoder import Reconstruction, build_autoencoder, standardize
 from train.autoencoder import train as train_autoencoder
@@ -363,6 +364,62 @@ def test_a_frozen_text_encoder_that_was_trained_before_is_loaded_and_stays_as_it
     assert trained.keys() == saved.keys() and all(torch.equal(trained[name], saved[name]) for name in trained)
     start = Trainer(tiny_config(tmp_path / "start", text_encoder=given)).denoiser.transformer
     assert not torch.equal(trainer.denoiser.transformer.proj_out.weight, start.proj_out.weight)
+
+
+def test_a_frozen_text_encoder_stays_without_dropout(tmp_path):
+    config = tiny_config(tmp_path)
+    trainer = Trainer(replace(config, text_encoder=replace(config.text_encoder, frozen=True)))
+    trainer.denoiser.train()
+    assert trainer.denoiser.transformer.training and not trainer.denoiser.text_encoder.training
+    assert len(trainer.parameters) == len(list(trainer.denoiser.transformer.parameters()))
+
+
+def test_words_beside_punctuation_are_known(picture_folder):
+    words = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, labels=False).words()
+    tokenizer = build_tokenizer([*words, "(big)."], 16)
+    ids = tokenizer("A cat, number 2; a dog (big).").input_ids
+    assert tokenizer.unk_token_id not in ids and len(ids) == 8
+
+
+def test_a_pixart_is_tuned_with_its_size_conditions_and_its_variance_left_alone(tmp_path, pipeline):
+    pixart = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=3,
+        out_channels=6,
+        num_layers=1,
+        cross_attention_dim=24,
+        sample_size=64,
+        patch_size=16,
+        caption_channels=24,
+        use_additional_conditions=True,
+    )
+    transformer = LocalDiTTransformer2DModel.from_pixart(pixart, "window", {"window": {"window_size": 2}})
+    start = LocalDiTPipeline(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        None,
+        transformer,
+        pipeline.scheduler,
+        {"aspect_ratio": "width/height"},
+    )
+    start.save_pretrained(tmp_path / "start")
+    trainer = Trainer(tiny_config(tmp_path / "run", pretrained=str(tmp_path / "start"), model=ModelConfig()))
+    trainer.train()
+    tuned = LocalDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert tuned.config.call_defaults["aspect_ratio"] == "width/height"
+    before, after = transformer.proj_out.weight, tuned.transformer.proj_out.weight
+    assert not torch.equal(before.unflatten(0, (-1, 6))[:, :3], after.unflatten(0, (-1, 6))[:, :3])
+    variance = [weight.unflatten(0, (-1, 6))[:, 3:] for weight in (before, after)]
+    torch.testing.assert_close(*variance, rtol=1e-3, atol=0)  # weight decay alone
+
+
+def test_a_new_run_does_not_touch_the_checkpoints_of_another(tmp_path):
+    Trainer(tiny_config(tmp_path)).train()
+    with pytest.raises(
+        ValueError, match=r"holds checkpoints of another run \(step-00000006\); continue it with --resume"
+    ):
+        Trainer(tiny_config(tmp_path, max_steps=2))
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

@@ -1,6 +1,6 @@
 """The networks of a run: built or loaded, wrapped for training, made into a pipeline."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,11 +16,11 @@ from train.objective import sampling_scheduler
 
 def build_tokenizer(words: list[str], max_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer of whole words, deaf to case and punctuation, that ends a text with </s> as T5's does."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s'-]"), " ")])
+    known = sorted({word for text in words for word in normalizer.normalize_str(text).split()})
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *known])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s'-]"), " ")]
-    )
+    tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
@@ -64,19 +64,34 @@ class Denoiser(nn.Module):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
+        resolution: torch.Tensor | None = None,
+        aspect_ratio: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict [B, C, H, W] from noisy inputs [B, C, H, W], timesteps [B] and text [B, L] or labels [B]."""
+        """Predict [B, C, H, W] from noisy inputs [B, C, H, W], timesteps [B] and text [B, L] or labels [B].
+
+        Where the transformer is conditioned on sizes, `resolution` is [B, 2] and `aspect_ratio` [B, 1].
+        """
         states = None
         if self.text_encoder is not None:
             states = self.text_encoder(input_ids, attention_mask=attention_mask)[0]
-        return self.transformer(
+        sizes = {"resolution": resolution, "aspect_ratio": aspect_ratio} if resolution is not None else None
+        prediction = self.transformer(
             inputs,
             encoder_hidden_states=states,
             encoder_attention_mask=attention_mask,
             timestep=timestep,
+            added_cond_kwargs=sizes,
             class_labels=class_labels,
             return_dict=False,
         )[0]
+        return prediction[:, : inputs.shape[1]]  # the rest of a PixArt's output is a variance, which stays untrained
+
+    def train(self, mode: bool = True) -> "Denoiser":
+        """As ever, but that a frozen text encoder stays in evaluation mode, without dropout."""
+        super().train(mode)
+        if self.text_encoder is not None and not any(part.requires_grad for part in self.text_encoder.parameters()):
+            self.text_encoder.eval()
+        return self
 
 
 @dataclass
@@ -86,6 +101,7 @@ class Networks:
     denoiser: Denoiser
     tokenizer: PreTrainedTokenizerBase | None
     vae: AutoencoderKL | None
+    call_defaults: dict = field(default_factory=dict)  # of the pipeline that the run started from
 
     def pipeline(self, config: TrainConfig):
         """The pipeline of a run, with the run's sampling settings as its defaults."""
@@ -102,16 +118,16 @@ class Networks:
             vae=self.vae,
             transformer=self.denoiser.transformer,
             scheduler=sampling_scheduler(config.objective),
-            call_defaults={name: value for name, value in defaults.items() if value is not None},
+            call_defaults=self.call_defaults | {name: value for name, value in defaults.items() if value is not None},
         )
 
 
 def build_networks(config: TrainConfig, words: list[str]) -> Networks:
     """New networks as the config describes them, or those of the pipeline that `config.pretrained` names."""
     networks = new_networks(config, words) if config.pretrained is None else load_networks(config.pretrained)
-    networks.denoiser.train()
     if config.text_encoder.frozen and networks.denoiser.text_encoder is not None:
-        networks.denoiser.text_encoder.eval().requires_grad_(False)
+        networks.denoiser.text_encoder.requires_grad_(False)
+    networks.denoiser.train()
     if config.gradient_checkpointing:
         networks.denoiser.transformer.enable_gradient_checkpointing()
     return networks
@@ -164,7 +180,8 @@ def load_networks(source: str) -> Networks:
         ) from error
     if pipeline.vae is not None:
         pipeline.vae.eval().requires_grad_(False)
-    return Networks(Denoiser(pipeline.transformer, pipeline.text_encoder), pipeline.tokenizer, pipeline.vae)
+    denoiser = Denoiser(pipeline.transformer, pipeline.text_encoder)
+    return Networks(denoiser, pipeline.tokenizer, pipeline.vae, dict(pipeline.config.call_defaults))
 
 
 def load_vae(source: str | None) -> AutoencoderKL | None:

@@ -30,6 +30,7 @@ PLACE_PAIRS = {
     "below": ("bottom", "top"),
 }
 NUM_CLASSES = (len(COLOURS), len(DIGITS), len(PLACES), len(BACKGROUNDS))
+LONGEST_CAPTION = 15  # "a red one to the left of a blue two on a gray background" and </s>
 UNASKED = -100  # what cross_entropy passes over
 
 
@@ -81,6 +82,18 @@ class CaptionParser(nn.Module):
 
 def train(config: TextPretrainingConfig) -> None:
     """Run from the first step to the last, then save encoder and tokenizer to `output_dir`."""
+    for name in ("batch_size", "max_steps", "log_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.text_encoder.pretrained is not None or config.text_encoder.frozen:
+        raise ValueError(
+            "text_encoder.pretrained and text_encoder.frozen have no place here: a new encoder is trained."
+        )
+    if config.text_encoder.max_sequence_length < LONGEST_CAPTION:
+        raise ValueError(
+            f"text_encoder.max_sequence_length={config.text_encoder.max_sequence_length} would cut captions; "
+            f"choose at least {LONGEST_CAPTION}."
+        )
     set_seed(config.seed)
     rng = np.random.default_rng(config.seed)
     length = config.text_encoder.max_sequence_length

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from config import OptimizerConfig, TrainConfig
-from train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import Denoiser, build_networks, check_networks
 from train.data import MicroStepSampler, build_dataset, build_loader
 from train.objective import Objective
@@ -33,6 +33,11 @@ class Trainer:
         self.objective = Objective(config.objective)
         dataset = build_dataset(config.data, config.seed, labels=config.model.num_classes is not None)
         resume = find_checkpoint(config.resume, self.output_dir / "checkpoints") if config.resume else None
+        if resume is None and (found := list_checkpoints(self.output_dir / "checkpoints")):
+            raise ValueError(
+                f"{config.output_dir} holds checkpoints of another run ({found[-1].name}); continue it with --resume "
+                "latest, choose another --output_dir, or remove them."
+            )
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -133,7 +138,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         noised = self.objective(self._latents(batch["image"].to(device)), generator)
         dropped = torch.rand(len(batch["image"]), generator=generator) < self.config.objective.condition_dropout
-        condition = self._condition(batch, dropped)
+        condition = {**self._condition(batch, dropped), **self._size_condition(batch)}
         with self.accelerator.autocast():
             prediction = self.model(noised.inputs, noised.timestep, **condition)
         return noised.loss(prediction)
@@ -158,6 +163,17 @@ class Trainer:
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
         tokens = self.networks.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"input_ids": tokens.input_ids.to(device), "attention_mask": tokens.attention_mask.to(device)}
+
+    def _size_condition(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Height and width in pixels and their ratio, for a transformer that was made with them."""
+        if not self.denoiser.transformer.use_additional_conditions:
+            return {}
+        count, height, width = len(batch["image"]), *batch["image"].shape[-2:]
+        device = self.accelerator.device
+        return {
+            "resolution": torch.tensor([[float(height), float(width)]] * count, device=device),
+            "aspect_ratio": torch.tensor([[height / width]] * count, device=device),  # data are squares: either way 1
+        }
 
     def _log(self, step: int, losses: list[torch.Tensor], seconds: float, progress: tqdm) -> None:
         loss = self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()

@@ -10,6 +10,9 @@ from torch import nn
 
 # B batch, N image tokens, L text tokens, H heads, D head dim
 
+# In the names of diffusers' backends that take no mask.
+MASKLESS = ("flash", "sage")
+
 # Up to so many keys, plain matrix products beat torch's fused attention on a CPU in half precision, backward above all.
 SMALL_KEYS = 256
 
@@ -31,12 +34,15 @@ def attend(
     half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
     if half_on_cpu and key.shape[1] <= SMALL_KEYS and processor._attention_backend is None:
         return attend_by_matmul(query, key, value, attention_mask)
+    backend = processor._attention_backend
+    if attention_mask is not None and backend is not None and any(name in backend for name in MASKLESS):
+        backend = None  # diffusers' default, since these kernels refuse any mask
     return dispatch_attention_fn(
         query,
         key,
         value,
         attn_mask=attention_mask,
-        backend=processor._attention_backend,
+        backend=backend,
         parallel_config=processor._parallel_config,
     )
 

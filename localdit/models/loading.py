@@ -23,6 +23,8 @@ from localdit.conversion import (
 
 logger = logging.getLogger(__name__)
 
+HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+
 StateDict = dict[str, torch.Tensor]
 
 
@@ -69,8 +71,11 @@ class ForeignCheckpointsMixin:
                 raise ValueError(f"{given} tells no config; give config= the folder or Hub id that has config.json.")
             kwargs |= {"config": os.fspath(config), "subfolder": subfolder, "dtype": dtype}
             return super().from_single_file(os.fspath(given), **kwargs)  # diffusers reads these, and quantized ones
+        unknown = sorted(set(kwargs) - set(HUB_ARGUMENTS))
+        if unknown:
+            raise ValueError(f"from_single_file does not know {unknown}; beside config= it takes {HUB_ARGUMENTS}.")
         if isinstance(given, dict):
-            state_dict, source = given, "The state dict"
+            state_dict, source = {name: tensor.detach().clone() for name, tensor in given.items()}, "The state dict"
         else:
             path = _local_path(os.fspath(given), **kwargs)
             state_dict, source = read_state_dict(path), str(path)
@@ -92,6 +97,9 @@ class ForeignCheckpointsMixin:
             settings = cls.load_config(config, subfolder=subfolder, **kwargs)
         else:
             settings |= config or {}
+            unknown = sorted(set(settings) - cls._get_init_keys(cls))
+            if unknown:
+                raise ValueError(f"config has unknown key(s) {unknown}; it may hold the model's own arguments.")
 
         with no_init_weights():  # every tensor is replaced below
             model = cls.from_config(settings)
@@ -116,7 +124,7 @@ class ForeignCheckpointsMixin:
         Args:
             pixart: the transformer, or the folder or Hub id of it or of its pipeline.
             token_mixers, mixer_options: as in the constructor.
-            dtype: of the weights; by default the PixArt's.
+            dtype: of the weights; by default the given PixArt's, or fp32 for one that is loaded.
             kwargs: for `PixArtTransformer2DModel.from_pretrained`.
 
         Returns:
@@ -143,4 +151,8 @@ def _local_path(link_or_path: str, **kwargs: Any) -> str:
     repo_id, weights_name = _extract_repo_id_and_weights_name(link_or_path)
     if not isinstance(repo_id, str) or weights_name is None:
         raise ValueError(f"{link_or_path!r} links to no file; give https://huggingface.co/OWNER/NAME/blob/main/FILE.")
-    return _get_model_file(repo_id, weights_name=weights_name, **kwargs)
+    try:
+        return _get_model_file(repo_id, weights_name=weights_name, **kwargs)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{link_or_path!r} cannot be had from the Hub ({reason}); check the link.") from error
