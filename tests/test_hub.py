@@ -159,6 +159,7 @@ def run(code: str, folder: Path, server=None, check: bool = True, **environment)
     """Run a program in its own process, with caches of its own in `folder`."""
     settings = {
         "HF_HOME": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_TOKEN": "hf_fake",
