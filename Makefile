@@ -13,7 +13,7 @@ DEMO_PROMPTS := \
 demo: .venv/installed
 	$(OFFLINE) $(BIN)/python infer_t2i.py --prompt $(DEMO_PROMPTS) --num_images 4 --seed 0 --grid --overwrite \
 		--output output/demo_t2i.png
-	$(OFFLINE) $(BIN)/python infer_i2i.py --image docs/images/red_seven.png --prompt "a blue seven on a black background" \
+	$(OFFLINE) $(BIN)/python infer_i2i.py --image docs/images/red_seven.png --prompt "a blue seven on a white background" \
 		--strength 0.6 --num_images 4 --seed 0 --grid --overwrite --output output/demo_i2i.png
 
 test: .venv/installed
