@@ -229,9 +229,7 @@ class LocalDiTInpaintPipeline(
         images = self.decode(latents, "latent" if output_type == "latent" else "pt")
         if output_type != "latent":
             images = torch.where(mask, images, self.kept_pixels(image, clean, height, width).to(images))
-            images = self.image_processor.postprocess(
-                images, output_type=output_type, do_denormalize=[False] * batch_size
-            )
+            images = self.to_output_type(images, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)

@@ -1,6 +1,7 @@
 """What inpainting needs beside a picture: reading a mask, and the picture's own pixels."""
 
 import reprlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,3 +83,8 @@ class LocalDiTMaskInputMixin:
             return self.decode(clean, "pt")
         pixels = self.image_pixels(image, height, width)
         return (pixels / 2 + 0.5).clamp(0, 1).repeat_interleave(len(clean) // len(pixels), dim=0)
+
+    def to_output_type(self, images: torch.Tensor, output_type: str) -> Any:
+        """Pictures in [0, 1], [B, C, H, W], as the asked type."""
+        keep = [False] * len(images)
+        return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=keep)
