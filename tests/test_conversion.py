@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -477,3 +480,39 @@ def test_a_component_that_the_hub_does_not_give_is_named(checkpoint_file):
         LocalDiTPipeline.from_single_file(checkpoint_file, local_files_only=True)
     with pytest.raises(ValueError, match=r"vae was not given and PixArt-alpha/"):
         LocalDiTPipeline.from_single_file(checkpoint_file, tokenizer=None, text_encoder=None, local_files_only=True)
+
+
+FULL_SIZE = """
+import resource, sys, torch
+from localdit import LocalDiTTransformer2DModel
+from localdit.conversion import to_released, write_state_dict
+
+torch.set_default_dtype(torch.bfloat16)
+if sys.argv[1] == "write":
+    window = {"window_size": 4, "shift_schedule": "cyclic"}
+    model = LocalDiTTransformer2DModel(attention_residual=True, qk_norm_eps=1e-10, mixer_options={"window": window})
+    write_state_dict(to_released(model.state_dict()), sys.argv[2])
+else:
+    model = LocalDiTTransformer2DModel.from_single_file(sys.argv[2], dtype=torch.bfloat16)
+    sizes = {"resolution": torch.tensor([[768.0, 1024.0]]), "aspect_ratio": torch.tensor([[0.75]])}
+    text = torch.randn(1, 120, 4096)
+    with torch.no_grad():
+        sample = model(torch.randn(1, 4, 96, 128), text, torch.tensor([500.0]), added_cond_kwargs=sizes).sample
+    unit = 1 if sys.platform == "darwin" else 1024
+    print(sample.isfinite().all().item(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+"""
+
+
+def test_the_published_size_draws_768_by_1024_in_bf16_within_six_gigabytes(tmp_path):
+    path = str(tmp_path / "LocalDiT-1024.safetensors")
+    for action in ("write", "run"):
+        result = subprocess.run(
+            [sys.executable, "-c", FULL_SIZE, action, path],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+    finite, memory = result.stdout.split()
+    assert finite == "True" and int(memory) < 6e9
