@@ -101,8 +101,14 @@ class LocalDiTImageInputMixin:
     def last_timesteps(
         self, timesteps: torch.Tensor, num_inference_steps: int, strength: float
     ) -> tuple[torch.Tensor, int]:
-        """The last `strength` of the schedule, and how many steps that is."""
+        """The last `strength` of the schedule, and how many steps that is.
+
+        Where flow sigmas are shifted, that is the part whose noise is at most `strength`, as it is where they are not.
+        """
         steps = min(round(num_inference_steps * strength), num_inference_steps)
+        if self.scheduler.config.get("use_flow_sigmas", False) and 0 < strength < 1:
+            noise = self.scheduler.sigmas[:num_inference_steps] - strength
+            steps = num_inference_steps - int(noise.abs().argmin())
         first = (num_inference_steps - steps) * self.scheduler.order
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(first)

@@ -244,3 +244,15 @@ def test_a_deterministic_autoencoder_serves_as_well(make_pipeline, tiny_transfor
     transformer = tiny_transformer(in_channels=4, sample_size=8)
     pipeline = make_pipeline(LocalDiTImg2ImgPipeline, vae=vae, transformer=transformer)
     assert draw(pipeline, picture).shape == (1, 3, 16, 16)
+
+
+def test_strength_is_the_share_of_noise_also_where_flow_sigmas_are_shifted(make_pipeline):
+    for shift, steps in ((1.0, 12), (3.0, 7)):
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, flow_shift=shift, prediction_type="sample"
+        )
+        pipe = make_pipeline(LocalDiTImg2ImgPipeline, scheduler=scheduler)
+        schedule, count = pipe.set_timesteps(20, None, None, 16, 16, torch.device("cpu"))
+        timesteps, left = pipe.last_timesteps(schedule, count, 0.6)
+        assert left == len(timesteps) == steps
+        assert abs(timesteps[0].item() - 600) < 25
