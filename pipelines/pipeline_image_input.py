@@ -103,7 +103,8 @@ class LocalDiTImageInputMixin:
     ) -> tuple[torch.Tensor, int]:
         """The last `strength` of the schedule, and how many steps that is.
 
-        Where flow sigmas are shifted, that is the part whose noise is at most `strength`, as it is where they are not.
+        A sampler with `use_flow_sigmas` starts at the step whose share of noise is nearest to `strength`, so a shift of
+        the sigmas leaves its meaning as it is; other samplers count steps.
         """
         steps = min(round(num_inference_steps * strength), num_inference_steps)
         if self.scheduler.config.get("use_flow_sigmas", False) and 0 < strength < 1:
