@@ -67,12 +67,18 @@ class DataConfig:
         path: the folder, for "imagefolder".
         resolution: side of the square picture in pixels; pictures of a folder are resized and cropped at the centre.
         num_workers: processes that load ahead; 0 loads in the training process.
+        one_digit: share of digit scenes with one digit, in [0, 1]; the others have two.
+        recoloured: share of digit scenes, in [0, 1], that are noised from the same scene in other colours where at
+            least `objective.recolour_sigma` of the input is noise. Their target is the scene as captioned, which
+            teaches image to image to follow the caption's colours. Needs objective.process "flow".
     """
 
     name: Literal["digit_scenes", "imagefolder"] = "digit_scenes"
     path: str | None = None
     resolution: int = 64
     num_workers: int = 1
+    one_digit: float = 0.3
+    recoloured: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,9 @@ class ObjectiveConfig:
             timesteps uniformly.
         min_sigma: with "flow" and "sample" the error is weighed by 1 / max(s, min_sigma)², which is the velocity's.
         condition_dropout: share of captions (or labels) replaced by the empty one, for guidance, in [0, 1).
+        recolour_sigma: the least share of noise at which a recoloured scene (`data.recoloured`) is the input.
+        flow_shift: of the sampler's sigmas s, which become shift s / (1 + (shift - 1) s); above 1, more of the steps
+            are spent where there is much noise. Training does not depend on it.
     """
 
     process: Literal["flow", "diffusion"] = "flow"
@@ -152,6 +161,8 @@ class ObjectiveConfig:
     logit_std: float = 1.0
     min_sigma: float = 0.05
     condition_dropout: float = 0.1
+    recolour_sigma: float = 0.4
+    flow_shift: float = 1.0
 
 
 @dataclass(frozen=True)

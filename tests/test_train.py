@@ -1,4 +1,4 @@
-"""The trainer: its objectives, its data order, its checkpoints, its command line."""
+"""The trainer: its data order, its checkpoints, its command line."""
 
 import json
 import os
@@ -32,7 +32,6 @@ from train.autoencoder import train as train_autoencoder
 from train.command_line import parse
 from train.components import build_text_encoder, build_tokenizer
 from train.data import DigitScenes, ImageFolder, MicroStepSampler
-from train.objective import Objective, sampling_scheduler
 from train.text_encoder import CaptionParser, parse_targets
 from train.text_encoder import train as train_text_encoder
 from train.trainer import Trainer, build_optimizers
@@ -81,72 +80,6 @@ def picture_folder(tmp_path) -> Path:
     return folder
 
 
-def draw(prediction_type: str, process: str):
-    clean = torch.randn(5, 3, 4, 4)
-    config = ObjectiveConfig(process=process, prediction_type=prediction_type)
-    return clean, Objective(config)(clean, torch.Generator().manual_seed(1))
-
-
-def test_flow_velocity_leads_from_the_input_to_the_clean_picture():
-    clean, noised = draw("flow_prediction", "flow")
-    sigma = (noised.timestep / 1000)[:, None, None, None]
-    torch.testing.assert_close(noised.inputs - sigma * noised.target, clean)
-    assert torch.equal(noised.weight, torch.ones(5))
-
-
-def test_flow_sample_loss_equals_the_velocity_loss_of_the_same_prediction():
-    clean, noised = draw("sample", "flow")
-    sigma = (noised.timestep / 1000)[:, None, None, None]
-    noise = (noised.inputs - (1 - sigma) * clean) / sigma
-    guess = clean + 0.1 * torch.randn_like(clean)
-    velocity_error = (noised.inputs - guess) / sigma - (noise - clean)
-    expected = velocity_error.square().mean()
-    torch.testing.assert_close(noised.loss(guess), expected, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_diffusion_targets_recover_the_clean_picture(prediction_type):
-    clean, noised = draw(prediction_type, "diffusion")
-    betas = torch.linspace(1e-4, 0.02, 1000)
-    alpha_bar = torch.cumprod(1 - betas, 0)[noised.timestep.long()][:, None, None, None]
-    a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    recovered = {
-        "epsilon": lambda: (noised.inputs - s * noised.target) / a,
-        "v_prediction": lambda: a * noised.inputs - s * noised.target,
-        "sample": lambda: noised.target,
-    }[prediction_type]()
-    torch.testing.assert_close(recovered, clean, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("process", "prediction_type"),
-    [("flow", "flow_prediction"), ("flow", "sample"), ("diffusion", "epsilon"), ("diffusion", "v_prediction")],
-)
-def test_the_sampler_returns_the_picture_of_a_perfect_network(process, prediction_type):
-    """A network that always knows the clean picture must lead the sampler to exactly that picture."""
-    config = ObjectiveConfig(process=process, prediction_type=prediction_type)
-    scheduler = sampling_scheduler(config)
-    scheduler.set_timesteps(20)
-    clean, state = torch.rand(1, 3, 4, 4) * 2 - 1, torch.randn(1, 3, 4, 4)
-    alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
-    for timestep in scheduler.timesteps:
-        if process == "flow":
-            # the sigma that the scheduler is at; its timesteps may be rounded to whole numbers
-            sigma = scheduler.sigmas[scheduler.step_index or 0]
-            prediction = clean if prediction_type == "sample" else (state - clean) / sigma
-        else:
-            a, s = alpha_bar[int(timestep)].sqrt(), (1 - alpha_bar[int(timestep)]).sqrt()
-            noise = (state - a * clean) / s
-            prediction = noise if prediction_type == "epsilon" else a * noise - s * clean
-        state = scheduler.step(prediction, timestep, state).prev_sample
-    torch.testing.assert_close(state, clean, rtol=1e-3, atol=2e-2)
-
-
-def test_unsuitable_prediction_type_names_the_suitable_ones():
-    with pytest.raises(ValueError, match="epsilon.*flow.*flow_prediction"):
-        Objective(ObjectiveConfig(process="flow", prediction_type="epsilon"))
-
-
 def test_every_position_is_seen_once_over_micro_steps_and_ranks():
     samplers = [MicroStepSampler(batch_size=4, first=0, last=10, rank=rank, world_size=3) for rank in range(3)]
     seen = [position for sampler in samplers for batch in sampler for position in batch]
@@ -165,6 +98,26 @@ def test_digit_scenes_depend_on_seed_and_position_only():
     assert torch.equal(first["image"], again["image"]) and first["caption"] == again["caption"]
     assert not torch.equal(first["image"], other["image"])
     assert first["image"].min() >= -1 and first["image"].max() <= 1
+
+
+def test_recoloured_scenes_come_with_a_source_of_the_same_shapes():
+    data = DigitScenes(DataConfig(recoloured=0.5, one_digit=1.0), seed=0)
+    pairs = [data[position] for position in range(60)]
+    changed = [pair for pair in pairs if not torch.equal(pair["image"], pair["source"])]
+    assert 15 < len(changed) < 45
+    assert all(" above " not in pair["caption"] and " of " not in pair["caption"] for pair in pairs)
+    for pair in changed:
+        # the ground is grey, so a pixel is of the ground exactly if it has the colour of the corner
+        grounds = [(picture - picture[:, :1, :1]).abs().amax(0) < 0.01 for picture in (pair["image"], pair["source"])]
+        assert (grounds[0] != grounds[1]).float().mean() < 0.01
+
+
+def test_only_recoloured_pictures_that_keep_their_caption_start_from_their_source(tmp_path):
+    trainer = Trainer(tiny_config(tmp_path, data=DataConfig(num_workers=0, recoloured=0.5)))
+    image = torch.rand(3, 3, 64, 64)
+    batch = {"image": image, "source": torch.cat([image[:1], torch.rand(2, 3, 64, 64)])}
+    source = trainer._source(batch, image, dropped=torch.tensor([False, True, False]))
+    assert torch.equal(source[:2], image[:2]) and torch.equal(source[2], batch["source"][2])
 
 
 def test_the_tokenizer_knows_every_word_of_every_caption():
@@ -435,6 +388,9 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
         ({"resume": "nowhere"}, "'nowhere' is not a whole checkpoint"),
         ({"data": DataConfig(name="imagefolder")}, "data.path=None is not a folder"),
         ({"data": DataConfig(resolution=32)}, "data.resolution=32"),
+        ({"data": DataConfig(one_digit=1.5)}, "data.one_digit=1.5"),
+        ({"data": DataConfig(name="imagefolder", recoloured=0.1)}, "data.recoloured=0.1"),
+        ({"objective": ObjectiveConfig(flow_shift=0)}, "objective.flow_shift=0"),
         ({"text_encoder": TextEncoderConfig(d_model=32)}, "text_encoder.d_model=32"),
         ({"text_encoder": TextEncoderConfig(pretrained="nowhere")}, "text_encoder.pretrained='nowhere' holds no T5"),
         ({"model": ModelConfig(in_channels=4, caption_channels=16)}, "model.in_channels=4"),

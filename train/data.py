@@ -27,6 +27,10 @@ class DigitScenes(Dataset):
                 f"data.resolution={config.resolution}, but digit scenes are {digit_scenes.CANVAS} pixels wide; "
                 f"set {digit_scenes.CANVAS}."
             )
+        for name in ("one_digit", "recoloured"):
+            if not 0 <= getattr(config, name) <= 1:
+                raise ValueError(f"data.{name}={getattr(config, name)} is outside [0, 1].")
+        self.config = config
         self.seed = seed
 
     def words(self) -> list[str]:
@@ -35,8 +39,12 @@ class DigitScenes(Dataset):
 
     def __getitem__(self, position: int) -> dict:
         rng = np.random.default_rng((self.seed, position))
-        scene = digit_scenes.sample_scene(rng)
-        return {"image": to_tensor(digit_scenes.render(scene, rng)), "caption": scene.caption}
+        scene = digit_scenes.sample_scene(rng, num_digits=1 if rng.random() < self.config.one_digit else 2)
+        source = digit_scenes.recolour(scene, rng) if rng.random() < self.config.recoloured else scene
+        geometry = rng.integers(2**32)  # handwriting, sizes and places are the same in both pictures
+        image = to_tensor(digit_scenes.render(scene, np.random.default_rng(geometry)))
+        seen = image if source is scene else to_tensor(digit_scenes.render(source, np.random.default_rng(geometry)))
+        return {"image": image, "source": seen, "caption": scene.caption}
 
 
 class ImageFolder(Dataset):

@@ -43,17 +43,29 @@ class Objective:
             )
         if not 0 <= config.condition_dropout < 1:
             raise ValueError(f"objective.condition_dropout={config.condition_dropout} is outside [0, 1).")
+        if config.flow_shift <= 0:
+            raise ValueError(
+                f"objective.flow_shift={config.flow_shift} must be above 0; 1 leaves the sigmas as they are."
+            )
         self.config = config
         self.diffusion = DDPMScheduler(num_train_timesteps=TRAIN_TIMESTEPS, beta_schedule="linear")
 
-    def __call__(self, clean: torch.Tensor, generator: torch.Generator) -> Noised:
-        """Noise a batch of clean latents [B, C, H, W]; `generator` lives on the CPU, so every device draws the same."""
+    def __call__(self, clean: torch.Tensor, generator: torch.Generator, source: torch.Tensor | None = None) -> Noised:
+        """Noise a batch of clean latents [B, C, H, W].
+
+        Args:
+            generator: lives on the CPU, so every device draws the same.
+            source: with "flow", what is noised in the place of `clean` where the noise is strong enough
+                (`recolour_sigma`), [B, C, H, W]. The target stays the way from the input to `clean`.
+        """
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         if self.config.process == "flow":
-            return self._flow(clean, noise, generator)
+            return self._flow(clean, clean if source is None else source, noise, generator)
         return self._diffusion(clean, noise, generator)
 
-    def _flow(self, clean: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> Noised:
+    def _flow(
+        self, clean: torch.Tensor, source: torch.Tensor, noise: torch.Tensor, generator: torch.Generator
+    ) -> Noised:
         sigma = compute_density_for_timestep_sampling(
             "logit_normal",
             len(clean),
@@ -62,12 +74,14 @@ class Objective:
             generator=generator,
         ).to(clean)
         mix = sigma[:, None, None, None]
-        inputs = (1 - mix) * clean + mix * noise
+        start = torch.where(mix < self.config.recolour_sigma, clean, source)
+        inputs = (1 - mix) * start + mix * noise
         if self.config.prediction_type == "sample":
             # the squared error of the velocity (x_t - x_0) / s that the predicted picture implies
             weight = sigma.clamp(min=self.config.min_sigma) ** -2
             return Noised(inputs, sigma * TRAIN_TIMESTEPS, clean, weight)
-        return Noised(inputs, sigma * TRAIN_TIMESTEPS, noise - clean, torch.ones_like(sigma))
+        velocity = noise - clean + (1 - mix) / mix * (start - clean)  # (x_t - x_0) / s, without cancellation
+        return Noised(inputs, sigma * TRAIN_TIMESTEPS, velocity, torch.ones_like(sigma))
 
     def _diffusion(self, clean: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> Noised:
         timestep = torch.randint(TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(clean.device)
@@ -83,10 +97,11 @@ class Objective:
 def sampling_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
     """The sampler that fits the training: what it calls `prediction_type` is what the network learned."""
     if config.process == "flow" and config.prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=config.flow_shift)
     return DPMSolverMultistepScheduler(
         num_train_timesteps=TRAIN_TIMESTEPS,
         beta_schedule="linear",
         prediction_type=config.prediction_type,
         use_flow_sigmas=config.process == "flow",
+        flow_shift=config.flow_shift,
     )

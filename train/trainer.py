@@ -136,8 +136,9 @@ class Trainer:
         # seeded by place, not by history: a resumed run draws what an uninterrupted one would have drawn
         seed = np.random.SeedSequence((self.config.seed, micro_step, self.accelerator.process_index))
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        noised = self.objective(self._latents(batch["image"].to(device)), generator)
         dropped = torch.rand(len(batch["image"]), generator=generator) < self.config.objective.condition_dropout
+        clean = self._latents(batch["image"].to(device))
+        noised = self.objective(clean, generator, self._source(batch, clean, dropped))
         condition = {**self._condition(batch, dropped), **self._size_condition(batch)}
         with self.accelerator.autocast():
             prediction = self.model(noised.inputs, noised.timestep, **condition)
@@ -152,6 +153,16 @@ class Trainer:
         with self.accelerator.autocast():
             latents = vae.encode(pixels).latent_dist.mode().float()
         return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+    def _source(self, batch: dict, clean: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor | None:
+        """What is noised in the place of `clean`; only a picture that keeps its caption starts from another one."""
+        if not self.config.data.recoloured:
+            return None
+        other = (batch["source"] != batch["image"]).flatten(1).any(dim=1) & ~dropped
+        source = clean.clone()
+        if other.any():
+            source[other.to(clean.device)] = self._latents(batch["source"][other].to(clean.device))
+        return source
 
     def _condition(self, batch: dict, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
         device = self.accelerator.device
@@ -249,6 +260,11 @@ def check_run(config: TrainConfig) -> None:
     for name in (*counts, "checkpoint_every", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    if config.data.recoloured and (config.data.name != "digit_scenes" or config.objective.process != "flow"):
+        raise ValueError(
+            f"data.recoloured={config.data.recoloured} needs data.name=digit_scenes and objective.process=flow; "
+            "set it to 0."
+        )
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
 

@@ -169,6 +169,16 @@ def sample_scene(rng: np.random.Generator, num_digits: int | None = None, held_o
     return Scene(scene.first, background, scene.relation, scene.second)
 
 
+def recolour(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same digits in the same arrangement, in colours drawn anew, and one time in three on another background."""
+    first, second = (
+        None if glyph is None else Glyph(tuple(COLOURS)[rng.integers(len(COLOURS))], glyph.digit)
+        for glyph in (scene.first, scene.second)
+    )
+    background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))] if rng.random() < 1 / 3 else scene.background
+    return Scene(first, background, scene.relation, second)
+
+
 def render(scene: Scene, rng: np.random.Generator, split: Literal["train", "test"] = "train") -> np.ndarray:
     """Draw a scene with digits of a split, in a random handwriting, size and place; returns uint8 [64, 64, 3]."""
     return render_with_boxes(scene, rng, _digits_of(split))[0]
