@@ -24,11 +24,12 @@ class ModelConfig:
     caption_channels: int | None = 4096
     num_classes: int | None = None
     token_mixers: tuple[str, ...] = ("window",)
-    mixer_options: dict[str, dict[str, Any]] | None = None
+    mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None = None
     rope_theta: float | None = 10000.0
     qk_norm: str | None = "rms_norm"
     qk_norm_eps: float = 1e-6
     attention_residual: bool = False
+    feed_forward: str = "mlp"
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ class OptimizerConfig:
             blocks and AdamW for the rest.
         learning_rate: AdamW's peak, after the warm-up.
         muon_learning_rate: Muon's peak.
+        slow_learning_rate: AdamW's peak, without weight decay, for what a mixer lists as its `slow_parameters` (the
+            steps, decays and frequencies of `ssm`); never above `learning_rate`.
         weight_decay: on matrices; biases, norms, embeddings and tables have none.
         betas: AdamW's.
         lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
@@ -185,6 +188,7 @@ class OptimizerConfig:
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-4
     muon_learning_rate: float = 0.02
+    slow_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     lr_scheduler: str = "constant_with_warmup"

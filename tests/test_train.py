@@ -263,6 +263,20 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path):
     assert not any(names[id(p)].endswith("proj_out.weight") for group in undecayed for p in group["params"])
 
 
+def test_the_slow_parameters_of_a_mixer_have_their_own_rate_and_no_decay(tmp_path):
+    config = tiny_config(tmp_path)
+    model = replace(config.model, token_mixers=("ssm", "window"), mixer_options={"ssm": {"state_size": 4}})
+    settings = OptimizerConfig(name="muon", learning_rate=3e-3, slow_learning_rate=1e-4, weight_decay=0.1)
+    trainer = Trainer(replace(config, model=model, optimizer=settings))
+    groups = build_optimizers(trainer.denoiser, settings)[0].param_groups
+    names = {id(parameter): name for name, parameter in trainer.denoiser.named_parameters()}
+    slow = {names[id(parameter)] for group in groups if group["lr"] == 1e-4 for parameter in group["params"]}
+    kernel = "transformer.transformer_blocks.0.attn.processor.kernel."
+    assert slow == {kernel + name for name in ("log_step", "log_decay", "frequency")}
+    assert all(group["weight_decay"] == 0 for group in groups if group["lr"] == 1e-4)
+    trainer.train()
+
+
 def test_muon_moves_every_matrix_of_the_blocks(tmp_path):
     config = tiny_config(tmp_path, max_steps=2, optimizer=OptimizerConfig(name="muon", warmup_steps=0, ema_decay=0))
     trainer = Trainer(config)

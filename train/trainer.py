@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from config import OptimizerConfig, TrainConfig
+from localdit.mixers.base import TokenMixer
 from train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import Denoiser, build_networks, check_networks
 from train.data import MicroStepSampler, build_dataset, build_loader
@@ -276,11 +277,23 @@ def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.
     hidden = {id(part.weight) for part in blocks.modules() if isinstance(part, nn.Linear)}
     if config.name == "adamw":
         hidden = set()
+    slow = {
+        id(part.get_parameter(name))
+        for part in denoiser.modules()
+        if isinstance(part, TokenMixer)
+        for name in part.slow_parameters
+    }
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     by_muon = [parameter for parameter in trained if id(parameter) in hidden]
     decayed = [parameter for parameter in trained if id(parameter) in matrices - hidden]
-    plain = [parameter for parameter in trained if id(parameter) not in matrices]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    plain = [parameter for parameter in trained if id(parameter) not in matrices | slow]
+    slowly = [parameter for parameter in trained if id(parameter) in slow]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": slowly, "weight_decay": 0.0, "lr": min(config.learning_rate, config.slow_learning_rate)},
+    ]
+    groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas),
     ]

@@ -22,6 +22,9 @@ class TokenMixer(nn.Module):
         rope_theta: base of the rotary embedding, or None for none.
     """
 
+    # names of parameters that the optimizer is to move slowly and without weight decay
+    slow_parameters: tuple[str, ...] = ()
+
     _attention_backend = None
     _parallel_config = None
 

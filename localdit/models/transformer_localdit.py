@@ -13,15 +13,19 @@ from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
+from diffusers.models.transformers.sana_transformer import GLUMBConv
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from localdit.mixers import MIXERS, check_mixers
+from localdit.mixers import MIXERS, check_mixers, options_of_layer
 from localdit.mixers.base import TokenMixer
 from localdit.models.attention import CrossAttnProcessor, LocalDiTAttention
 from localdit.models.loading import ForeignCheckpointsMixin
 
 # B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
+
+FEED_FORWARDS = ("mlp", "mix_ffn")
+MIX_FFN_RATIO = 2.5  # SANA's; the parameters of the MLP, nearly
 
 # what diffusers' FeedForward knows
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
@@ -36,7 +40,7 @@ class LocalDiTBlock(nn.Module):
         num_attention_heads, attention_head_dim: heads and their width.
         cross_attention: whether the block attends to a text.
         attention_residual: add the mixer's input to its output before the gate, as the released LocalDiT does.
-        dropout, attention_bias, activation_fn, norm_eps, qk_norm, qk_norm_eps: as in the transformer.
+        dropout, attention_bias, activation_fn, norm_eps, qk_norm, qk_norm_eps, feed_forward: as in the transformer.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class LocalDiTBlock(nn.Module):
         norm_eps: float,
         qk_norm: str | None,
         qk_norm_eps: float,
+        feed_forward: str,
     ):
         super().__init__()
         attention = {
@@ -71,7 +76,10 @@ class LocalDiTBlock(nn.Module):
         if cross_attention:
             self.cross_attn = LocalDiTAttention(processor=CrossAttnProcessor(), is_cross_attention=True, **attention)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
-        self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+        if feed_forward == "mix_ffn":
+            self.ff = GLUMBConv(dim, dim, MIX_FFN_RATIO, norm_type=None, residual_connection=False)
+        else:
+            self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(
@@ -106,7 +114,13 @@ class LocalDiTBlock(nn.Module):
             )
 
         normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
-        return hidden_states + gate_mlp * self.ff(normed)
+        return hidden_states + gate_mlp * self.feed_forward(normed, grid)
+
+    def feed_forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The feed-forward of tokens [B, N, C], which a convolution sees as the picture [B, C, height, width]."""
+        if isinstance(self.ff, FeedForward):
+            return self.ff(hidden_states)
+        return self.ff(hidden_states.mT.unflatten(-1, grid)).flatten(2).mT
 
 
 class LocalDiTTransformer2DModel(
@@ -141,11 +155,15 @@ class LocalDiTTransformer2DModel(
         caption_channels: width of the text encoder's states, or None for a model without text.
         num_classes: number of class labels, or None; label `num_classes` is the null class of guidance.
         token_mixers: mixer names, tiled over the layers: ("window", "window", "full").
-        mixer_options: for each mixer name its options, such as {"window": {"window_size": 8}}.
+        mixer_options: for each mixer name its options, such as {"window": {"window_size": 8}}, or a list of such
+            options, tiled over the layers of that mixer.
         rope_theta: base of the rotary embedding of queries and keys, or None for none.
         qk_norm: "rms_norm" over each head's queries and keys, or None.
         qk_norm_eps: epsilon of that norm.
         attention_residual: add a mixer's input to its output inside the gate, as the released LocalDiT does.
+        feed_forward: "mlp", which works token by token, or "mix_ffn", SANA's gated unit with a depthwise 3 x 3
+            convolution over the grid (arXiv 2410.10629), which lets mixers without positions tell near from far. It
+            has SiLU for `activation_fn` and no dropout.
 
     Raises:
         ValueError: for an unknown mixer or option, or sizes that do not fit together.
@@ -154,7 +172,8 @@ class LocalDiTTransformer2DModel(
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LocalDiTBlock"]
     _repeated_blocks = ["LocalDiTBlock"]
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single"]
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "adaln_single", "kernel"]
+    _keep_in_fp32_modules = ["kernel"]  # of the ssm mixer, whose steps and frequencies half precision would detune
 
     @register_to_config
     def __init__(
@@ -175,11 +194,12 @@ class LocalDiTTransformer2DModel(
         caption_channels: int | None = 4096,
         num_classes: int | None = None,
         token_mixers: tuple[str, ...] = ("window",),
-        mixer_options: dict[str, dict[str, Any]] | None = None,
+        mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None = None,
         rope_theta: float | None = 10000.0,
         qk_norm: str | None = "rms_norm",
         qk_norm_eps: float = 1e-6,
         attention_residual: bool = False,
+        feed_forward: str = "mlp",
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -187,6 +207,8 @@ class LocalDiTTransformer2DModel(
             use_additional_conditions = sample_size == 128
         if activation_fn not in ACTIVATIONS:
             raise ValueError(f"activation_fn={activation_fn!r} is not known; choose among {list(ACTIVATIONS)}.")
+        if feed_forward not in FEED_FORWARDS:
+            raise ValueError(f"feed_forward={feed_forward!r} is not known; choose among {list(FEED_FORWARDS)}.")
         counts = {"num_layers": num_layers, "in_channels": in_channels, "num_classes": num_classes}
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -228,6 +250,7 @@ class LocalDiTTransformer2DModel(
                 norm_eps=norm_eps,
                 qk_norm=qk_norm,
                 qk_norm_eps=qk_norm_eps,
+                feed_forward=feed_forward,
             )
             for mixer in mixers
         )
@@ -254,7 +277,9 @@ class LocalDiTTransformer2DModel(
         nn.init.zeros_(self.proj_out.weight)
 
     def set_token_mixers(
-        self, token_mixers: str | tuple[str, ...], mixer_options: dict[str, dict[str, Any]] | None = None
+        self,
+        token_mixers: str | tuple[str, ...],
+        mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None = None,
     ) -> None:
         """Give every layer a new mixer, and the registered config the new names, so that saving and loading agree.
 
@@ -262,7 +287,7 @@ class LocalDiTTransformer2DModel(
 
         Args:
             token_mixers: mixer names, tiled over the layers.
-            mixer_options: for each mixer name its options; None for the defaults.
+            mixer_options: for each mixer name its options, or a list of them for its layers; None for the defaults.
         """
         config = self.config
         token_mixers = (token_mixers,) if isinstance(token_mixers, str) else tuple(token_mixers)
@@ -425,7 +450,7 @@ def _shapes(module: nn.Module) -> dict[str, torch.Size]:
 def _build_mixers(
     num_layers: int,
     token_mixers: tuple[str, ...],
-    mixer_options: dict[str, dict[str, Any]] | None,
+    mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None,
     num_attention_heads: int,
     attention_head_dim: int,
     rope_theta: float | None,
@@ -438,8 +463,7 @@ def _build_mixers(
     mixers = []
     for layer in range(num_layers):
         name = token_mixers[layer % len(token_mixers)]
-        mixers.append(
-            MIXERS[name](num_attention_heads, attention_head_dim, seen[name], rope_theta, **mixer_options.get(name, {}))
-        )
+        options = options_of_layer(mixer_options, name, seen[name])
+        mixers.append(MIXERS[name](num_attention_heads, attention_head_dim, seen[name], rope_theta, **options))
         seen[name] += 1
     return mixers

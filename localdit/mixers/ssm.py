@@ -1,0 +1,121 @@
+"""The DiffuSSM layer: a two-sided state space model reads the tokens in raster order, and there is no attention."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from localdit.mixers.base import TokenMixer
+from localdit.models.attention import LocalDiTAttention
+
+# B batch, N tokens, M positions per token, L = N * M positions, C width, S complex states of a channel
+
+
+class S4DKernel(nn.Module):
+    """The convolution kernels of a bidirectional diagonal state space model (S4D, arXiv 2206.11893), one per channel.
+
+    A channel with the states' eigenvalues a_s, step dt and read-outs c_s answers an impulse, after l positions, with
+    2 Re sum_s c_s (exp(dt a_s) - 1) / a_s exp(dt a_s l), which is the zero-order hold of x' = a x + u. The two
+    directions have read-outs of their own and share the rest.
+
+    Args:
+        channels: C.
+        state_size: 2 S, the number of real states.
+        min_step, max_step: range of dt, drawn uniformly in its logarithm.
+    """
+
+    def __init__(self, channels: int, state_size: int, min_step: float = 1e-3, max_step: float = 0.1):
+        super().__init__()
+        states = state_size // 2
+        low, high = math.log(min_step), math.log(max_step)
+        self.log_step = nn.Parameter(low + (high - low) * torch.rand(channels))
+        # S4D-Lin: a_s = -1/2 + i pi s
+        self.log_decay = nn.Parameter(torch.full((channels, states), math.log(0.5)))
+        self.frequency = nn.Parameter(math.pi * torch.arange(states).float().repeat(channels, 1))
+        # of the two directions, real and imaginary parts of CN(0, 1)
+        self.readout = nn.Parameter(math.sqrt(0.5) * torch.randn(2, channels, states, 2))
+
+    def forward(self, length: int) -> torch.Tensor:
+        """The answers to an impulse after 0, ..., length - 1 positions in both directions, fp32 [2, C, length]."""
+        decay, rate = -self.log_decay.float().exp(), self.frequency.float()
+        step = self.log_step.float().exp().unsqueeze(-1)
+        eigenvalue = torch.complex(decay, rate)
+        readout = torch.view_as_complex(self.readout.float().contiguous())
+        weight = 2 * readout * (torch.exp(step * eigenvalue) - 1) / eigenvalue  # [2, C, S]
+
+        # exp(dt a l) with l = i * block + j is an outer product, so memory grows with the root of the length
+        block = math.isqrt(length - 1) + 1
+        positions = torch.arange(block, device=step.device)
+        inner = torch.exp((step * eigenvalue).unsqueeze(-1) * positions)  # [C, S, block]
+        outer = torch.exp((step * eigenvalue).unsqueeze(-1) * (positions * block))
+        outer = (weight.unsqueeze(-1) * outer).mT  # [2, C, block, S]
+        # Re(x y) as one product of real matrices
+        outer = torch.cat((outer.real, -outer.imag), dim=-1)
+        inner = torch.cat((inner.real, inner.imag), dim=-2)
+        return (outer @ inner).flatten(-2)[..., :length]
+
+
+class BidirectionalSSMProcessor(TokenMixer):
+    """The gated, hourglass-shaped layer of DiffuSSM (arXiv 2311.18257), in the place of attention.
+
+    Each token becomes `hourglass_ratio` positions of a longer sequence; a bidirectional S4D runs along it, and the
+    positions of a token are brought together again and gated by the token itself. Nothing depends on the number of
+    tokens, so any grid runs; tokens are read row by row. Time is N log N and memory linear.
+
+    It takes its projections from the layer's attention: `to_v` is the paper's W0, `to_q` W1, `to_k` W2 and `to_out` W3;
+    with `qk_norm` both factors of the gate are normalised before their activation. The rotary embedding has no place.
+
+    Args:
+        state_size: real states of a channel, an even number of at least 2.
+        hourglass_ratio: M, positions per token, at least 1.
+
+    Raises:
+        ValueError: for a size out of range.
+    """
+
+    slow_parameters = ("kernel.log_step", "kernel.log_decay", "kernel.frequency")
+
+    def __init__(
+        self,
+        num_attention_heads: int,
+        attention_head_dim: int,
+        layer: int,
+        rope_theta: float | None,
+        *,
+        state_size: int = 64,
+        hourglass_ratio: int = 2,
+    ):
+        super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
+        if not isinstance(state_size, int) or state_size < 2 or state_size % 2:
+            raise ValueError(f"state_size={state_size!r} must be an even whole number of at least 2.")
+        if not isinstance(hourglass_ratio, int) or hourglass_ratio < 1:
+            raise ValueError(f"hourglass_ratio={hourglass_ratio!r} must be a whole number of at least 1.")
+        width = num_attention_heads * attention_head_dim
+        self.hourglass_ratio = hourglass_ratio
+        self.up = nn.Linear(width, hourglass_ratio * width)
+        self.kernel = S4DKernel(width, state_size)
+        self.skip = nn.Parameter(torch.randn(width))
+        self.down = nn.Linear(hourglass_ratio * width, width)
+
+    def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Mix the tokens of [B, N, C]; `grid` says nothing that their order does not."""
+        positions = (hidden_states.shape[1] * self.hourglass_ratio, hidden_states.shape[2])
+        expanded = F.gelu(self.up(F.gelu(attn.to_v(hidden_states)))).unflatten(-1, (self.hourglass_ratio, -1))
+        read = self.convolve(expanded.reshape(-1, *positions))  # [B, L, C]
+        read = F.gelu(self.down(read.unflatten(1, (-1, self.hourglass_ratio)).flatten(2)))  # [B, N, C]
+        gate = attn.norm_q(attn.to_heads(attn.to_q(hidden_states)))
+        gated = attn.norm_k(attn.to_heads(attn.to_k(read)))
+        return attn.to_output(F.gelu(gated) * F.gelu(gate))
+
+    def convolve(self, states: torch.Tensor) -> torch.Tensor:
+        """Run the state space model over [B, L, C] from both ends; a position counts once."""
+        length = states.shape[1]
+        with torch.autocast(states.device.type, enabled=False):
+            forward, backward = self.kernel(length)
+            # position l hears l - m from the front and m - l - 1 from the back: a circle of twice the length
+            circle = torch.cat((forward, backward.flip(-1)), dim=-1)  # [C, 2 L]
+            signal = states.float().mT
+            spectrum = torch.fft.rfft(signal, n=2 * length) * torch.fft.rfft(circle)
+            answer = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + self.skip.float().unsqueeze(-1) * signal
+        return answer.mT.to(states.dtype)
