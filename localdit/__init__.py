@@ -17,7 +17,13 @@ from localdit.version import VERSION
 
 __version__ = VERSION
 
-__all__ = ["LocalDiTImg2ImgPipeline", "LocalDiTInpaintPipeline", "LocalDiTPipeline", "LocalDiTTransformer2DModel"]
+__all__ = [
+    "LocalDiTClassPipeline",
+    "LocalDiTImg2ImgPipeline",
+    "LocalDiTInpaintPipeline",
+    "LocalDiTPipeline",
+    "LocalDiTTransformer2DModel",
+]
 
 
 # diffusers' other pipelines, imported below, make transformers warn of a missing torchvision, which nothing here uses
@@ -37,7 +43,8 @@ def _pipeline(module: str, name: str) -> type:
 LocalDiTPipeline = _pipeline("pipeline_localdit", "LocalDiTPipeline")
 LocalDiTImg2ImgPipeline = _pipeline("pipeline_localdit_img2img", "LocalDiTImg2ImgPipeline")
 LocalDiTInpaintPipeline = _pipeline("pipeline_localdit_inpaint", "LocalDiTInpaintPipeline")
-PIPELINES = (LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline)
+LocalDiTClassPipeline = _pipeline("pipeline_localdit_class", "LocalDiTClassPipeline")
+PIPELINES = (LocalDiTPipeline, LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTClassPipeline)
 
 
 def _register_with_diffusers() -> None:

@@ -21,6 +21,7 @@ CUSTOM_PIPELINES = {
     "pipeline_localdit.py": "pipeline.py",
     "pipeline_localdit_img2img.py": "pipeline_img2img.py",
     "pipeline_localdit_inpaint.py": "pipeline_inpaint.py",
+    "pipeline_localdit_class.py": "pipeline_class.py",
 }
 
 
@@ -41,7 +42,7 @@ def export(
     - `import localdit`, then `DiffusionPipeline.from_pretrained(folder)` runs the installed code and trusts nothing;
     - where localdit is not installed, `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
       trust_remote_code=True)` runs the code in the folder ("pipeline_img2img" for image to image, "pipeline_inpaint"
-      for inpainting).
+      for inpainting, "pipeline_class" for a model without text).
 
     Args:
         pipeline: a LocalDiT pipeline.
@@ -208,7 +209,7 @@ def write_card(
         f"# {repo_id.rpartition('/')[2]}",
         f"A LocalDiT of {config.num_layers} layers whose tokens are mixed by {', '.join(mixers)} "
         f"({', '.join(f'{name} {count:,}' for name, count in parameters.items())} parameters).",
-        _usage(repo_id),
+        _usage(repo_id, "pipeline" if config.caption_channels else "pipeline_class"),
     ]
     if scores:
         rows = [f"| {name} | {value} |" for name, value in scores.items()]
@@ -222,7 +223,7 @@ def write_card(
     ModelCard("\n\n".join(sections) + "\n").save(folder / "README.md")
 
 
-def _usage(repo_id: str) -> str:
+def _usage(repo_id: str, custom_pipeline: str) -> str:
     return f"""## Use
 
 ```python
@@ -235,5 +236,5 @@ pipe = DiffusionPipeline.from_pretrained("{repo_id}")
 Without localdit, with the code of this repository (read it before you trust it, and pin a `revision`):
 
 ```python
-pipe = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="pipeline", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained("{repo_id}", custom_pipeline="{custom_pipeline}", trust_remote_code=True)
 ```"""

@@ -91,10 +91,8 @@ class LocalDiTChecksMixin:
 
     def check_sampling(
         self,
-        num_inference_steps,
+        counts: dict[str, Any],
         guidance_scale,
-        num_images_per_prompt,
-        max_sequence_length,
         eta,
         timesteps,
         sigmas,
@@ -103,9 +101,8 @@ class LocalDiTChecksMixin:
         callback_on_step_end_tensor_inputs,
     ) -> None:
         """Raise for a number out of range, a schedule the sampler cannot follow, an unknown output or callback."""
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        check_count("max_sequence_length", max_sequence_length)
+        for name, count in counts.items():
+            check_count(name, count)
         check_number("guidance_scale", guidance_scale)
         check_number("eta", eta)
         if not 0 <= eta <= 1:

@@ -289,18 +289,13 @@ class LocalDiTPipelineMixin:
     ) -> torch.Tensor:
         """The guided prediction for one step, [B, C, H, W], in the form the scheduler expects."""
         guided = self.do_classifier_free_guidance
-        embeds, mask = conditions["prompt_embeds"], conditions["prompt_attention_mask"]
-        if guided:
-            embeds = torch.cat((conditions["negative_prompt_embeds"], embeds))
-            mask = torch.cat((conditions["negative_prompt_attention_mask"], mask))
         model_input = torch.cat((latents, latents)) if guided else latents
         if hasattr(self.scheduler, "scale_model_input"):
             model_input = self.scheduler.scale_model_input(model_input, timestep)
         with self.transformer.cache_context("cond_uncond"):
             prediction = self.transformer(
                 model_input.to(self.transformer.dtype),
-                encoder_hidden_states=embeds,
-                encoder_attention_mask=mask,
+                **self.transformer_conditions(conditions),
                 timestep=timestep.expand(len(model_input)),
                 added_cond_kwargs=self.size_conditions(len(model_input), height, width),
                 attention_kwargs=self.attention_kwargs,
@@ -312,6 +307,14 @@ class LocalDiTPipelineMixin:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
         return sample_to_velocity(prediction, latents, timestep, self.scheduler)
+
+    def transformer_conditions(self, conditions: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The conditions by the transformer's names; with guidance the negative ones come before the others."""
+        embeds, mask = conditions["prompt_embeds"], conditions["prompt_attention_mask"]
+        if self.do_classifier_free_guidance:
+            embeds = torch.cat((conditions["negative_prompt_embeds"], embeds))
+            mask = torch.cat((conditions["negative_prompt_attention_mask"], mask))
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Turn latents into pictures of the asked type (or leave them for "latent")."""

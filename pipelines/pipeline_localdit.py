@@ -15,10 +15,16 @@ from transformers import T5EncoderModel, T5Tokenizer
 from .pipeline_checks import LocalDiTChecksMixin
 from .pipeline_common import LocalDiTPipelineMixin
 from .pipeline_loading import LocalDiTLoadingMixin
+from .pipeline_single_file import LocalDiTSingleFileMixin
 
 
 class LocalDiTPipeline(
-    LocalDiTChecksMixin, LocalDiTPipelineMixin, LocalDiTLoadingMixin, SanaLoraLoaderMixin, DiffusionPipeline
+    LocalDiTChecksMixin,
+    LocalDiTPipelineMixin,
+    LocalDiTSingleFileMixin,
+    LocalDiTLoadingMixin,
+    SanaLoraLoaderMixin,
+    DiffusionPipeline,
 ):
     """Generate pictures from text.
 
@@ -123,11 +129,14 @@ class LocalDiTPipeline(
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_size(height, width)
+        counts = {
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": num_images_per_prompt,
+            "max_sequence_length": max_sequence_length,
+        }
         self.check_sampling(
-            num_inference_steps,
+            counts,
             guidance_scale,
-            num_images_per_prompt,
-            max_sequence_length,
             eta,
             timesteps,
             sigmas,

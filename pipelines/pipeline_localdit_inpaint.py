@@ -18,6 +18,7 @@ from .pipeline_common import LocalDiTPipelineMixin
 from .pipeline_image_input import LocalDiTImageInputMixin
 from .pipeline_loading import LocalDiTLoadingMixin
 from .pipeline_mask_input import LocalDiTMaskInputMixin
+from .pipeline_single_file import LocalDiTSingleFileMixin
 
 
 class LocalDiTInpaintPipeline(
@@ -25,6 +26,7 @@ class LocalDiTInpaintPipeline(
     LocalDiTImageInputMixin,
     LocalDiTChecksMixin,
     LocalDiTPipelineMixin,
+    LocalDiTSingleFileMixin,
     LocalDiTLoadingMixin,
     SanaLoraLoaderMixin,
     DiffusionPipeline,
@@ -141,11 +143,14 @@ class LocalDiTInpaintPipeline(
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self.check_size(height, width)
+        counts = {
+            "num_inference_steps": num_inference_steps,
+            "num_images_per_prompt": num_images_per_prompt,
+            "max_sequence_length": max_sequence_length,
+        }
         self.check_sampling(
-            num_inference_steps,
+            counts,
             guidance_scale,
-            num_images_per_prompt,
-            max_sequence_length,
             eta,
             timesteps,
             sigmas,

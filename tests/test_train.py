@@ -25,13 +25,14 @@ from config import (
     TextPretrainingConfig,
     TrainConfig,
 )
-from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from localdit.data import digit_scenes
 from train.autoencoder import Reconstruction, build_autoencoder, standardize
 from train.autoencoder import train as train_autoencoder
 from train.command_line import parse
 from train.components import build_text_encoder, build_tokenizer
-from train.data import DigitScenes, ImageFolder, MicroStepSampler
+from train.data import MicroStepSampler
+from train.datasets import DigitScenes, ImageFolder
 from train.text_encoder import CaptionParser, parse_targets
 from train.text_encoder import train as train_text_encoder
 from train.trainer import Trainer, build_optimizers
@@ -132,7 +133,7 @@ def test_the_tokenizer_knows_every_word_of_every_caption():
 
 
 def test_image_folder_shows_every_picture_once_an_epoch_in_another_order(picture_folder):
-    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, labels=False)
+    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, condition="caption")
     epochs = [[data[epoch * 6 + index]["caption"] for index in range(6)] for epoch in range(4)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 6 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -140,7 +141,7 @@ def test_image_folder_shows_every_picture_once_an_epoch_in_another_order(picture
 
 
 def test_image_folder_of_classes_labels_by_folder(picture_folder):
-    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, labels=True)
+    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, condition="label")
     assert data.classes == ["cat", "dog"]
     assert sorted(data[index]["label"] for index in range(6)) == [0, 0, 0, 1, 1, 1]
 
@@ -247,6 +248,29 @@ def test_a_run_can_start_from_the_weights_of_a_pipeline(tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path / "second" / "pipeline").transformer.config.num_layers == 2
 
 
+@pytest.mark.parametrize(("num_classes", "name"), [(10, "sklearn_digits"), (None, "photo_patches")])
+def test_a_model_without_text_trains_on_classes_or_on_nothing_and_can_be_tuned(tmp_path, num_classes, name):
+    tiny = tiny_config(tmp_path / "first")
+    channels = 1 if num_classes else 3
+    model = replace(
+        tiny.model, in_channels=channels, sample_size=16, patch_size=4, caption_channels=None, num_classes=num_classes
+    )
+    config = replace(tiny, model=model, data=DataConfig(name=name, resolution=16, num_workers=0))
+    Trainer(config).train()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "first" / "pipeline")
+    assert isinstance(pipeline, LocalDiTClassPipeline)
+    assert pipeline.labels.get("seven") == (7 if num_classes else None)
+    sheet = Image.open(next((tmp_path / "first" / "samples").iterdir()))
+    assert sheet.size == (2 * 16, 16 * (num_classes or 1))
+
+    again = replace(
+        config, output_dir=str(tmp_path / "tuned"), pretrained=str(tmp_path / "first" / "pipeline"), model=ModelConfig()
+    )
+    trainer = Trainer(again)
+    assert torch.equal(trainer.denoiser.transformer.proj_out.weight, pipeline.transformer.proj_out.weight)
+    trainer.train()
+
+
 def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path):
     trainer = Trainer(tiny_config(tmp_path, optimizer=OptimizerConfig(name="muon", muon_learning_rate=0.03)))
     adamw, muon = build_optimizers(trainer.denoiser, trainer.config.optimizer)
@@ -342,7 +366,7 @@ def test_a_frozen_text_encoder_stays_without_dropout(tmp_path):
 
 
 def test_words_beside_punctuation_are_known(picture_folder):
-    words = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, labels=False).words()
+    words = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, condition="caption").words()
     tokenizer = build_tokenizer([*words, "(big)."], 16)
     ids = tokenizer("A cat, number 2; a dog (big).").input_ids
     assert tokenizer.unk_token_id not in ids and len(ids) == 8
@@ -424,12 +448,12 @@ def test_a_run_that_cannot_work_is_refused_in_one_sentence(tmp_path, changes, ph
 def test_a_picture_without_caption_and_an_unreadable_one_are_named(picture_folder):
     config = DataConfig(name="imagefolder", path=str(picture_folder), resolution=32)
     (picture_folder / "cat" / "0.png").write_bytes(b"no picture")
-    data = ImageFolder(config, 0, labels=False)
+    data = ImageFolder(config, 0, condition="caption")
     with pytest.raises(ValueError, match=r"cat.0\.png cannot be read"):
         [data[index] for index in range(6)]
     (picture_folder / "dog" / "1.txt").unlink()
     with pytest.raises(ValueError, match=r"dog.1\.png .* no caption"):
-        ImageFolder(config, 0, labels=False)
+        ImageFolder(config, 0, condition="caption")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

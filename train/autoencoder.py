@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from config import AutoencoderConfig
 from train.command_line import parse, run
-from train.data import MicroStepSampler, build_dataset, build_loader
+from train.data import MicroStepSampler, build_loader
+from train.datasets import build_dataset
 
 
 class Reconstruction(nn.Module):
@@ -68,7 +69,7 @@ def train(config: AutoencoderConfig) -> None:
     """Run from the first step to the last, then save the autoencoder to `output_dir`."""
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
-    dataset = build_dataset(config.data, config.seed, labels=False)
+    dataset = build_dataset(config.data, config.seed, condition=None)
     vae = build_autoencoder(config, dataset.channels)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     processes, rank = accelerator.num_processes, accelerator.process_index

@@ -1,16 +1,18 @@
 """The networks of a run: built or loaded, wrapped for training, made into a pipeline."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DiffusionPipeline
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from config import DataConfig, TextEncoderConfig, TrainConfig
-from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from train.objective import sampling_scheduler
 
 
@@ -102,8 +104,9 @@ class Networks:
     tokenizer: PreTrainedTokenizerBase | None
     vae: AutoencoderKL | None
     call_defaults: dict = field(default_factory=dict)  # of the pipeline that the run started from
+    classes: list[str] | None = None  # names of the class labels
 
-    def pipeline(self, config: TrainConfig):
+    def pipeline(self, config: TrainConfig) -> DiffusionPipeline:
         """The pipeline of a run, with the run's sampling settings as its defaults."""
         sample = config.sample
         defaults = {
@@ -112,14 +115,16 @@ class Networks:
             "strength": sample.strength,
             "max_sequence_length": self.tokenizer.model_max_length if self.tokenizer is not None else None,
         }
-        return LocalDiTPipeline(
-            tokenizer=self.tokenizer,
-            text_encoder=self.denoiser.text_encoder,
-            vae=self.vae,
-            transformer=self.denoiser.transformer,
-            scheduler=sampling_scheduler(config.objective),
-            call_defaults=self.call_defaults | {name: value for name, value in defaults.items() if value is not None},
-        )
+        common = {
+            "vae": self.vae,
+            "transformer": self.denoiser.transformer,
+            "scheduler": sampling_scheduler(config.objective),
+            "call_defaults": self.call_defaults
+            | {name: value for name, value in defaults.items() if value is not None},
+        }
+        if self.tokenizer is None:
+            return LocalDiTClassPipeline(id2label=dict(enumerate(self.classes or [])), **common)
+        return LocalDiTPipeline(tokenizer=self.tokenizer, text_encoder=self.denoiser.text_encoder, **common)
 
 
 def build_networks(config: TrainConfig, words: list[str]) -> Networks:
@@ -169,19 +174,43 @@ def text_networks(config: TextEncoderConfig, words: list[str]) -> tuple[PreTrain
     return tokenizer, text_encoder
 
 
+def model_settings(config: TrainConfig) -> dict[str, Any]:
+    """The transformer's settings: those of `config.model`, or of the pipeline that `config.pretrained` names."""
+    if config.pretrained is None:
+        return vars(config.model)
+    with one_sentence(config.pretrained):
+        settings, _ = LocalDiTTransformer2DModel.load_config(
+            config.pretrained, subfolder="transformer", return_unused_kwargs=True
+        )
+    return {"caption_channels": None, "num_classes": None, **settings}
+
+
 def load_networks(source: str) -> Networks:
     """The networks of a pipeline folder or Hub id, in fp32."""
+    with one_sentence(source):
+        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
+    if not isinstance(pipeline, LocalDiTPipeline | LocalDiTClassPipeline):
+        raise ValueError(
+            f"pretrained={source!r} holds a {type(pipeline).__name__}; name a LocalDiTPipeline or "
+            "LocalDiTClassPipeline."
+        )
+    if pipeline.vae is not None:
+        pipeline.vae.eval().requires_grad_(False)
+    text_encoder, tokenizer = (getattr(pipeline, name, None) for name in ("text_encoder", "tokenizer"))
+    denoiser = Denoiser(pipeline.transformer, text_encoder)
+    return Networks(denoiser, tokenizer, pipeline.vae, dict(pipeline.config.call_defaults))
+
+
+@contextmanager
+def one_sentence(source: str):
+    """Say in one sentence that a pipeline cannot be loaded."""
     try:
-        pipeline = LocalDiTPipeline.from_pretrained(source, dtype=torch.float32)
+        yield
     except (OSError, ValueError) as error:
         raise ValueError(
             f"pretrained={source!r} cannot be loaded ({str(error).splitlines()[0]}); "
-            "name a complete LocalDiTPipeline folder or Hub id."
+            "name a complete folder or Hub id of a LocalDiT pipeline."
         ) from error
-    if pipeline.vae is not None:
-        pipeline.vae.eval().requires_grad_(False)
-    denoiser = Denoiser(pipeline.transformer, pipeline.text_encoder)
-    return Networks(denoiser, pipeline.tokenizer, pipeline.vae, dict(pipeline.config.call_defaults))
 
 
 def load_vae(source: str | None) -> AutoencoderKL | None:

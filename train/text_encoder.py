@@ -20,7 +20,7 @@ from config import DataConfig, TextPretrainingConfig
 from localdit.data.digit_scenes import BACKGROUNDS, COLOURS, DIGITS, Scene, sample_scene
 from train.command_line import parse, run
 from train.components import build_text_encoder, build_tokenizer
-from train.data import DigitScenes
+from train.datasets import DigitScenes
 
 PLACES = ("alone", "left", "right", "top", "bottom")
 PLACE_PAIRS = {

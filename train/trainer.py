@@ -2,9 +2,11 @@
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +21,9 @@ from tqdm.auto import tqdm
 from config import OptimizerConfig, TrainConfig
 from localdit.mixers.base import TokenMixer
 from train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from train.components import Denoiser, build_networks, check_networks
-from train.data import MicroStepSampler, build_dataset, build_loader
+from train.components import Denoiser, build_networks, check_networks, model_settings
+from train.data import MicroStepSampler, build_loader
+from train.datasets import Condition, DigitScenes, ImageFolder, build_dataset
 from train.objective import Objective
 
 
@@ -32,7 +35,7 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.objective = Objective(config.objective)
-        dataset = build_dataset(config.data, config.seed, labels=config.model.num_classes is not None)
+        dataset = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
         resume = find_checkpoint(config.resume, self.output_dir / "checkpoints") if config.resume else None
         if resume is None and (found := list_checkpoints(self.output_dir / "checkpoints")):
             raise ValueError(
@@ -47,8 +50,9 @@ class Trainer:
         )
         set_seed(config.seed)
 
-        words = dataset.words() if config.model.caption_channels is not None else []
+        words = dataset.words() if isinstance(dataset, DigitScenes | ImageFolder) else []
         self.networks = build_networks(config, words)
+        self.networks.classes = dataset.classes
         check_networks(self.networks, config.data, dataset.channels, dataset.classes)
         self.denoiser = self.networks.denoiser
         if self.networks.vae is not None:
@@ -167,7 +171,7 @@ class Trainer:
 
     def _condition(self, batch: dict, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
         device = self.accelerator.device
-        null_class = self.config.model.num_classes
+        null_class = self.denoiser.transformer.config.num_classes
         if null_class is not None:
             return {"class_labels": batch["label"].masked_fill(dropped, null_class).to(device)}
         if self.networks.tokenizer is None:
@@ -226,21 +230,27 @@ class Trainer:
     @torch.no_grad()
     def _draw_samples(self, step: int) -> None:
         sample = self.config.sample
-        if not self.accelerator.is_main_process or not sample.prompt or self.networks.tokenizer is None:
+        has_text = self.networks.tokenizer is not None
+        if not self.accelerator.is_main_process or (has_text and not sample.prompt):
             return
         # eager, because compiling again for another batch size takes longer than a few pictures
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
             self.denoiser.eval()
             pipeline = self.networks.pipeline(self.config)
             pipeline.set_progress_bar_config(disable=True)
-            prompts = [prompt for prompt in sample.prompt for _ in range(sample.num_images)]
-            generators = [torch.Generator().manual_seed(sample.seed + index) for index in range(len(prompts))]
-            images = pipeline(prompts, negative_prompt=sample.negative_prompt, generator=generators).images
+            rows = sample.prompt if has_text else list(range(self.denoiser.transformer.config.num_classes or 1))
+            cells = [row for row in rows for _ in range(sample.num_images)]
+            generators = [torch.Generator().manual_seed(sample.seed + index) for index in range(len(cells))]
+            if has_text:
+                images = pipeline(cells, negative_prompt=sample.negative_prompt, generator=generators).images
+            elif self.denoiser.transformer.config.num_classes is not None:
+                images = pipeline(cells, generator=generators).images
+            else:
+                images = pipeline(batch_size=len(cells), generator=generators).images
             self.denoiser.train()
         folder = self.output_dir / "samples"
         folder.mkdir(exist_ok=True)
-        rows = len(sample.prompt)
-        make_image_grid(images, rows=rows, cols=sample.num_images).save(folder / f"{step:08d}.png")
+        make_image_grid(images, rows=len(rows), cols=sample.num_images).save(folder / f"{step:08d}.png")
 
     def save_pipeline(self) -> None:
         """Write the averaged weights as a pipeline to `output_dir/pipeline`."""
@@ -253,6 +263,13 @@ class Trainer:
         if networks.vae is not None:
             networks.vae.to(dtype=dtype)
         networks.pipeline(self.config).save_pretrained(self.output_dir / "pipeline")
+
+
+def condition_of(model: Mapping[str, Any]) -> Condition | None:
+    """What the pictures have to come with, for a transformer of these settings."""
+    if model["caption_channels"] is not None:
+        return "caption"
+    return "label" if model["num_classes"] is not None else None
 
 
 def check_run(config: TrainConfig) -> None:

@@ -171,12 +171,9 @@ def sample_scene(rng: np.random.Generator, num_digits: int | None = None, held_o
 
 def recolour(scene: Scene, rng: np.random.Generator) -> Scene:
     """The same digits in the same arrangement, in colours drawn anew, and one time in three on another background."""
-    first, second = (
-        None if glyph is None else Glyph(tuple(COLOURS)[rng.integers(len(COLOURS))], glyph.digit)
-        for glyph in (scene.first, scene.second)
-    )
+    glyphs = [Glyph(tuple(COLOURS)[rng.integers(len(COLOURS))], glyph.digit) for glyph in scene.glyphs]
     background = tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))] if rng.random() < 1 / 3 else scene.background
-    return Scene(first, background, scene.relation, second)
+    return Scene(glyphs[0], background, scene.relation, glyphs[1] if len(glyphs) == 2 else None)
 
 
 def render(scene: Scene, rng: np.random.Generator, split: Literal["train", "test"] = "train") -> np.ndarray:
