@@ -30,6 +30,7 @@ class ModelConfig:
     qk_norm_eps: float = 1e-6
     attention_residual: bool = False
     feed_forward: str = "mlp"
+    mlp_ratio: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ class OptimizerConfig:
         weight_decay: on matrices; biases, norms, embeddings and tables have none.
         betas: AdamW's.
         lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
+        lr_cycles: how often "cosine_with_restarts" starts anew.
         warmup_steps: steps of linear warm-up.
         max_grad_norm: gradients are clipped to this norm.
         ema_decay: decay of the averaged weights, which are the ones that are sampled and saved; 0 for none.
@@ -197,6 +199,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
     lr_scheduler: str = "constant_with_warmup"
+    lr_cycles: int = 1
     warmup_steps: int = 500
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999

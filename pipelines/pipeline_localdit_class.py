@@ -58,7 +58,7 @@ class LocalDiTClassPipeline(
         vae: AutoencoderKL | None,
         transformer: ModelMixin,
         scheduler: KarrasDiffusionSchedulers,
-        id2label: dict[int, str] | None = None,
+        id2label: dict | None = None,
         call_defaults: dict[str, Any] | None = None,
     ):
         super().__init__()

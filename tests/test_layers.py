@@ -89,6 +89,15 @@ def test_mix_ffn_compiles_and_trains():
     torch.testing.assert_close(compiled(**inputs).sample, sample)
 
 
+@pytest.mark.parametrize(("feed_forward", "weights"), [("mlp", 2), ("mix_ffn", 3)])
+def test_mlp_ratio_is_the_width_of_the_feed_forward(feed_forward, weights):
+    model = make(num_layers=1, feed_forward=feed_forward, mlp_ratio=1.5)
+    matrices = [p for p in model.transformer_blocks[0].ff.parameters() if p.ndim > 1 and p.numel() % (24 * 36) == 0]
+    assert sum(p.numel() for p in matrices) == weights * 24 * 36
+    with pytest.raises(ValueError, match="mlp_ratio=0"):
+        make(mlp_ratio=0)
+
+
 def test_an_unknown_feed_forward_names_the_known_ones():
     with pytest.raises(ValueError, match="feed_forward='conv' is not known.*mlp.*mix_ffn"):
         make(feed_forward="conv")

@@ -30,6 +30,7 @@ from localdit.data import digit_scenes
 from train.autoencoder import Reconstruction, build_autoencoder, standardize
 from train.autoencoder import train as train_autoencoder
 from train.command_line import parse
+from train.compare_mixers import ComparisonConfig
 from train.components import build_text_encoder, build_tokenizer
 from train.data import MicroStepSampler
 from train.datasets import DigitScenes, ImageFolder
@@ -458,6 +459,12 @@ def test_a_picture_without_caption_and_an_unreadable_one_are_named(picture_folde
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_valid_config(recipe):
+    if recipe.stem.startswith("mixers_"):
+        comparison = parse(
+            ComparisonConfig, "train", ["--config", str(recipe), "--seeds", "7", "--run.batch_size", "3"]
+        )
+        assert comparison.seeds == 7 and comparison.run.batch_size == 3
+        return
     kinds = {"vae": AutoencoderConfig, "text": TextPretrainingConfig}
     config_class = kinds.get(recipe.stem.rpartition("_")[2], TrainConfig)
     config = parse(config_class, "train", ["--config", str(recipe), "--max_steps", "7", "--seed", "3"])

@@ -59,9 +59,7 @@ class LabelledSet(Dataset):
 
     def __init__(self, config: DataConfig, seed: int, condition: Condition | None):
         images, self.labels, classes = load_labelled_images(config.name, "train", config.path)
-        size = (config.resolution, config.resolution)
-        resized = [Image.fromarray(image).resize(size, Image.Resampling.BILINEAR) for image in images]
-        self.images = np.stack([np.asarray(image) for image in resized])[..., None]
+        self.images = resized(images, config.resolution)[..., None]
         self.classes = list(classes) if condition == "label" else None
         self.seed = seed
 
@@ -182,6 +180,12 @@ def read_captions(root: Path, files: list[Path]) -> list[str]:
 def epoch_order(length: int, seed: int, epoch: int) -> list[int]:
     """A permutation of range(length) for one epoch."""
     return np.random.default_rng((seed, epoch)).permutation(length).tolist()
+
+
+def resized(images: np.ndarray, side: int) -> np.ndarray:
+    """Grey pictures uint8 [N, height, width] in another size, [N, side, side]."""
+    pictures = (Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR) for image in images)
+    return np.stack([np.asarray(picture) for picture in pictures])
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:

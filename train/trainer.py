@@ -69,6 +69,7 @@ class Trainer:
                 # accelerate steps the schedule once per process
                 num_warmup_steps=config.optimizer.warmup_steps * self.accelerator.num_processes,
                 num_training_steps=config.max_steps * self.accelerator.num_processes,
+                num_cycles=config.optimizer.lr_cycles,
             )
             for optimizer in optimizers
         ]

@@ -19,6 +19,7 @@ from localdit.data.digit_scenes import (
 )
 from localdit.evaluation.digit_reader import DigitSceneReader, Reading, SceneReading, load_reader
 from localdit.evaluation.digit_reader_training import train_reader
+from localdit.evaluation.intervals import rate_interval
 
 __all__ = [
     "DigitSceneReader",
@@ -142,12 +143,7 @@ def _relation(first: Reading, second: Reading) -> str:
 def _summary(judged: list[dict[str, bool]]) -> dict:
     prompts = len(judged)
     rates = {field: sum(judgement[field] for judgement in judged) / prompts for field in judged[0]}
-    rng = np.random.default_rng(0)
-    intervals = {}
-    for field, rate in rates.items():
-        # Among prompts drawn anew with replacement, the number that is right is binomial.
-        resampled = rng.binomial(prompts, rate, size=10_000) / prompts
-        intervals[field] = np.quantile(resampled, [0.025, 0.975]).round(4).tolist()
+    intervals = {field: rate_interval(rate, prompts) for field, rate in rates.items()}
     return {"prompts": prompts, "rates": rates, "intervals": intervals}
 
 

@@ -25,7 +25,6 @@ from localdit.models.loading import ForeignCheckpointsMixin
 # B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
 
 FEED_FORWARDS = ("mlp", "mix_ffn")
-MIX_FFN_RATIO = 2.5  # SANA's; the parameters of the MLP, nearly
 
 # what diffusers' FeedForward knows
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
@@ -40,7 +39,8 @@ class LocalDiTBlock(nn.Module):
         num_attention_heads, attention_head_dim: heads and their width.
         cross_attention: whether the block attends to a text.
         attention_residual: add the mixer's input to its output before the gate, as the released LocalDiT does.
-        dropout, attention_bias, activation_fn, norm_eps, qk_norm, qk_norm_eps, feed_forward: as in the transformer.
+        dropout, attention_bias, activation_fn, norm_eps, qk_norm, qk_norm_eps, feed_forward, mlp_ratio: as in
+            the transformer.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class LocalDiTBlock(nn.Module):
         qk_norm: str | None,
         qk_norm_eps: float,
         feed_forward: str,
+        mlp_ratio: float,
     ):
         super().__init__()
         attention = {
@@ -77,9 +78,9 @@ class LocalDiTBlock(nn.Module):
             self.cross_attn = LocalDiTAttention(processor=CrossAttnProcessor(), is_cross_attention=True, **attention)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         if feed_forward == "mix_ffn":
-            self.ff = GLUMBConv(dim, dim, MIX_FFN_RATIO, norm_type=None, residual_connection=False)
+            self.ff = GLUMBConv(dim, dim, mlp_ratio, norm_type=None, residual_connection=False)
         else:
-            self.ff = FeedForward(dim, dropout=dropout, activation_fn=activation_fn)
+            self.ff = FeedForward(dim, inner_dim=int(mlp_ratio * dim), dropout=dropout, activation_fn=activation_fn)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def forward(
@@ -164,6 +165,7 @@ class LocalDiTTransformer2DModel(
         feed_forward: "mlp", which works token by token, or "mix_ffn", SANA's gated unit with a depthwise 3 x 3
             convolution over the grid (arXiv 2410.10629), which lets mixers without positions tell near from far. It
             has SiLU for `activation_fn` and no dropout.
+        mlp_ratio: width of the feed-forward as a multiple of C. SANA's is 2.5, which costs what an "mlp" of 4 does.
 
     Raises:
         ValueError: for an unknown mixer or option, or sizes that do not fit together.
@@ -200,6 +202,7 @@ class LocalDiTTransformer2DModel(
         qk_norm_eps: float = 1e-6,
         attention_residual: bool = False,
         feed_forward: str = "mlp",
+        mlp_ratio: float = 4.0,
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -209,6 +212,8 @@ class LocalDiTTransformer2DModel(
             raise ValueError(f"activation_fn={activation_fn!r} is not known; choose among {list(ACTIVATIONS)}.")
         if feed_forward not in FEED_FORWARDS:
             raise ValueError(f"feed_forward={feed_forward!r} is not known; choose among {list(FEED_FORWARDS)}.")
+        if mlp_ratio * dim < 1:
+            raise ValueError(f"mlp_ratio={mlp_ratio} leaves the feed-forward no channel; choose 4 or so.")
         counts = {"num_layers": num_layers, "in_channels": in_channels, "num_classes": num_classes}
         for name, count in counts.items():
             if count is not None and count < 1:
@@ -251,6 +256,7 @@ class LocalDiTTransformer2DModel(
                 qk_norm=qk_norm,
                 qk_norm_eps=qk_norm_eps,
                 feed_forward=feed_forward,
+                mlp_ratio=mlp_ratio,
             )
             for mixer in mixers
         )

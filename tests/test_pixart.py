@@ -1,0 +1,89 @@
+"""PixArt as a starting point: its own outputs with full attention, and a local model that learns."""
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+
+from localdit import LocalDiTTransformer2DModel
+from tests.released_reference import CAPTION, inputs
+
+PIXARTS = {
+    "alpha": {"use_additional_conditions": True, "out_channels": 8, "sample_size": 128},
+    "alpha 512": {"use_additional_conditions": False, "out_channels": 8, "sample_size": 64},
+    "sigma": {"use_additional_conditions": False, "out_channels": 8, "sample_size": 128, "interpolation_scale": 2},
+}
+
+
+def pixart(**changes) -> PixArtTransformer2DModel:
+    model = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        num_layers=2,
+        cross_attention_dim=24,
+        caption_channels=CAPTION,
+        **changes,
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", PIXARTS)
+def test_a_pixart_with_full_attention_gives_its_own_outputs(kind, tmp_path):
+    source = pixart(**PIXARTS[kind])
+    source.save_pretrained(tmp_path / "pixart" / "transformer")
+    given = inputs(8, 12)
+    if not source.config.use_additional_conditions:
+        given["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+    expected = source(**given).sample
+    for form in (source, tmp_path / "pixart", str(tmp_path / "pixart" / "transformer")):
+        model = LocalDiTTransformer2DModel.from_pixart(form)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                model(**given).sample, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item()
+            )
+
+
+def test_a_pixart_starts_a_local_model_that_learns():
+    source = pixart(**PIXARTS["sigma"])
+    options = {"window": {"window_size": 2, "global_context": 2, "relative_position_bias": True}}
+    model = LocalDiTTransformer2DModel.from_pixart(source, ("window", "full"), options)
+    assert model.config.token_mixers == ("window", "full")
+    key = model.transformer_blocks[0].attn.to_k.weight
+    assert torch.equal(key, source.transformer_blocks[0].attn1.to_k.weight)
+    assert key.data_ptr() != source.transformer_blocks[0].attn1.to_k.weight.data_ptr()
+    given = inputs(8, 8) | {"added_cond_kwargs": None}
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-4)
+    losses = []
+    for _ in range(4):
+        loss = model(**given).sample.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert model.transformer_blocks[0].attn.processor.context_embedding.grad.any()
+
+
+def test_a_pixart_that_is_not_there_or_has_other_settings_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no PixArt transformer"):
+        LocalDiTTransformer2DModel.from_pixart(tmp_path)
+    with pytest.raises(ValueError, match="upcast_attention=True"):
+        LocalDiTTransformer2DModel.from_pixart(pixart(**PIXARTS["sigma"], upcast_attention=True))
+
+
+def test_the_learned_variance_of_a_pixart_is_left_to_no_sampler(make_pipeline, latent_components):
+    transformer = LocalDiTTransformer2DModel.from_pixart(pixart(**{**PIXARTS["sigma"], "sample_size": 8}))
+    both = make_pipeline(vae=latent_components["vae"], transformer=transformer)
+    mean = LocalDiTTransformer2DModel(**{**transformer.config, "out_channels": 4})
+    rows = transformer.state_dict()
+    for name in ("proj_out.weight", "proj_out.bias"):  # a token's outputs are [patch, patch, channels]
+        rows[name] = rows[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)
+    mean.load_state_dict(rows)
+    alone = make_pipeline(vae=latent_components["vae"], transformer=mean.eval(), text_encoder=both.text_encoder)
+    pictures = [
+        pipe("a red seven", generator=torch.Generator().manual_seed(1), output_type="pt").images
+        for pipe in (both, alone)
+    ]
+    torch.testing.assert_close(*pictures)
