@@ -12,6 +12,7 @@ from localdit.mixers.sliding_window import SlidingWindowAttnProcessor, build_til
 from localdit.models.attention import LocalDiTAttention
 
 HEADS, HEAD_DIM = 2, 8
+CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 GRIDS = [(1, 1), (1, 7), (3, 5), (8, 8), (9, 17)]
 
 
@@ -53,7 +54,7 @@ def dense_bias(mixer, grid) -> torch.Tensor:
 
 
 def dense(mixer, query, key, value, grid) -> torch.Tensor:
-    mask = dense_mask(grid, mixer.kernel_size, mixer.dilation)
+    mask = dense_mask(grid, mixer.kernel_size, mixer.dilation).to(query.device)
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / HEAD_DIM**0.5
     if mixer.relative_position_bias_table is not None:
         scores = scores + dense_bias(mixer, grid)
@@ -76,6 +77,35 @@ def test_it_is_dense_attention_under_a_mask(monkeypatch, grid, kernel_size, dila
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     module.cached_tiles.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(1, 1), (4, 1), (7, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_flex_attention_is_dense_attention_under_the_same_mask(grid, kernel_size, dilation, device):
+    options = {"kernel_size": kernel_size, "dilation": dilation, "backend": "flex"}
+    for mixer in (make(relative_position_bias=True, **options).to(device), make(**options)):
+        states = torch.randn(3, 2, grid[0] * grid[1], HEADS, HEAD_DIM, device=device)
+        with torch.no_grad():
+            result = mixer.mix(*states, grid)
+        torch.testing.assert_close(result, dense(mixer, *states, grid), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+def test_with_flex_attention_gradients_are_those_of_dense_attention(device):
+    mixer = make(kernel_size=3, dilation=2, relative_position_bias=True, backend="flex").to(device)
+    leaves = [torch.randn(2, 80, HEADS, HEAD_DIM, device=device, requires_grad=True) for _ in range(3)]
+    leaves.append(mixer.relative_position_bias_table)
+    results = [mixer.mix(*leaves[:3], (8, 10)), dense(mixer, *leaves[:3], (8, 10))]
+    weight = torch.randn_like(results[0])
+    gradients = [torch.autograd.grad((result * weight).sum(), leaves) for result in results]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_backend_names_the_known_ones():
+    with pytest.raises(ValueError, match="backend='natten2' is not known.*tiles.*flex"):
+        make(backend="natten2")
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (5, 13)])

@@ -6,7 +6,6 @@ import numpy as np
 from scipy.linalg import sqrtm
 from sklearn.neighbors import NearestNeighbors
 from sklearn.neural_network import MLPClassifier
-from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from localdit.evaluation.intervals import rate_interval
@@ -18,7 +17,8 @@ class DigitJudge:
     """Knows digits from a half of a set that no generator has seen, and compares pictures with that half.
 
     A support vector machine with radial basis functions says which digit a picture shows. Distances are taken in the 64
-    features of a small perceptron, both trained on the judge's half only.
+    features of a small perceptron, both trained on the judge's half only. They mean something beside those of real
+    pictures only (score the generator's own half).
 
     Args:
         images: uint8 or float [N, height, width], the judge's half.
@@ -28,18 +28,14 @@ class DigitJudge:
     def __init__(self, images: np.ndarray, labels: np.ndarray):
         pixels = _flat(images)
         self.classifier = SVC(C=10, gamma="scale").fit(pixels, labels)
-        self.scaler = StandardScaler().fit(pixels)
-        self.perceptron = MLPClassifier((128, 64), max_iter=300, alpha=1e-3, random_state=0)
-        self.perceptron.fit(self.scaler.transform(pixels), labels)
+        self.perceptron = MLPClassifier((64,), max_iter=500, random_state=0).fit(pixels, labels)
         self.labels = np.asarray(labels)
         self.reference = self.features(images)
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """The last hidden layer of the perceptron, [N, 64]."""
-        states = self.scaler.transform(_flat(images))
-        for weight, bias in list(zip(self.perceptron.coefs_, self.perceptron.intercepts_, strict=True))[:-1]:
-            states = np.maximum(states @ weight + bias, 0)
-        return states
+        """The hidden layer of the perceptron, [N, 64]."""
+        weight, bias = self.perceptron.coefs_[0], self.perceptron.intercepts_[0]
+        return np.maximum(_flat(images) @ weight + bias, 0)
 
     def score(self, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> dict:
         """Compare pictures [N, height, width] of the given classes with the judge's half.

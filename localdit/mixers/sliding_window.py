@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from localdit.mixers.base import TokenMixer
+from localdit.mixers.sliding_window_flex import attend_by_flex
 from localdit.models.attention import attend
 
 # B batch, N tokens of the grid, T tiles of one kind, n queries of a tile, m keys of a tile, H heads, D head dim
 
 # Queries of so many rows and columns share the keys around them; larger tiles have fewer, but more masked, keys.
 TILE = 8
+
+BACKENDS = ("tiles", "flex")
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,11 @@ class SlidingWindowAttnProcessor(TokenMixer):
         kernel_size: side of the square, in tokens, at least 1; an odd number has the token in its middle.
         dilation: step between the tokens of the square (arXiv 2209.15001), at least 1.
         relative_position_bias: whether to learn a bias per head and offset inside the square.
+        backend: "tiles", dense attention inside tiles of queries, through any of diffusers' attention backends; "flex",
+            torch's FlexAttention, for CUDA above all (on a CPU in inference only).
 
     Raises:
-        ValueError: for a size or step out of range.
+        ValueError: for a size or step out of range, or an unknown backend.
     """
 
     def __init__(
@@ -130,13 +135,17 @@ class SlidingWindowAttnProcessor(TokenMixer):
         kernel_size: int = 7,
         dilation: int = 1,
         relative_position_bias: bool = False,
+        backend: str = "tiles",
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
         for name, value in {"kernel_size": kernel_size, "dilation": dilation}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is not known; choose among {list(BACKENDS)}.")
         self.kernel_size = kernel_size
         self.dilation = dilation
+        self.backend = backend
         if relative_position_bias:
             self.relative_position_bias_table = nn.Parameter(
                 torch.zeros((2 * kernel_size - 1) ** 2, num_attention_heads)
@@ -145,6 +154,10 @@ class SlidingWindowAttnProcessor(TokenMixer):
             self.relative_position_bias_table = None
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        # torch has no backward of FlexAttention on a CPU, so training there takes the tiles, which give the same
+        if self.backend == "flex" and not (query.device.type == "cpu" and torch.is_grad_enabled()):
+            bias = self.relative_position_bias_table
+            return attend_by_flex(query, key, value, grid, self.kernel_size, self.dilation, bias)
         # neither a graph nor a fake tensor may leave its own tiles to others
         cacheable = type(query) is torch.Tensor and not torch.compiler.is_compiling()
         tiles_of = cached_tiles if cacheable else build_tiles

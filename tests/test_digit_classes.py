@@ -1,0 +1,57 @@
+"""The judge of digits: known answers, and a ranking nobody would dispute."""
+
+import numpy as np
+import pytest
+
+from localdit.data.labelled_images import load_labelled_images
+from localdit.evaluation.digit_classes import DigitJudge, frechet_distance, precision_recall
+from localdit.evaluation.intervals import rate_interval
+
+
+@pytest.fixture(scope="module")
+def judge() -> DigitJudge:
+    images, labels, _ = load_labelled_images("sklearn_digits", "test")
+    return DigitJudge(images, labels)
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form():
+    rng = np.random.default_rng(0)
+    scale, shift = np.array([1.0, 2.0, 3.0]), np.array([0.5, 0.0, -1.0])
+    first = rng.standard_normal((200_000, 3))
+    second = rng.standard_normal((200_000, 3)) * scale + shift
+    assert frechet_distance(first, second) == pytest.approx((shift**2).sum() + ((scale - 1) ** 2).sum(), rel=0.02)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-6)
+
+
+def test_precision_falls_with_pictures_off_the_manifold_and_recall_with_missing_ones():
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((400, 2))
+    far = real + 100
+    half = real[real[:, 0] > 0] + 1e-6
+    assert precision_recall(real, real) == (1.0, 1.0)
+    assert precision_recall(real, far) == (0.0, 0.0)
+    precision, recall = precision_recall(real, half)
+    assert precision == 1.0 and 0.4 < recall < 0.7
+
+
+def test_real_digits_score_as_real_and_damage_shows(judge):
+    images, labels, _ = load_labelled_images("sklearn_digits", "train")
+    real = judge.score(images, labels)
+    assert real["accuracy"] > 0.97 and 0.9 < real["diversity"] < 1.1
+    assert real["precision"] > 0.8 and real["recall"] > 0.8
+    low, high = real["interval"]
+    assert low < real["accuracy"] < high
+
+    wrong = judge.score(images, (labels + 1) % 10)
+    assert wrong["accuracy"] < 0.02
+    noisy = np.clip(images + np.random.default_rng(0).normal(0, 60, images.shape), 0, 255).astype(np.uint8)
+    assert judge.score(noisy, labels)["distance"] > 3 * real["distance"]
+    copies = np.stack([images[labels == label][0] for label in labels])
+    same = judge.score(copies, labels)
+    assert same["diversity"] < 0.01 and same["recall"] < 0.2
+
+
+def test_the_interval_of_a_rate_narrows_with_the_number_of_cases():
+    few, many = rate_interval(0.9, 20), rate_interval(0.9, 2000)
+    assert few[0] < many[0] < 0.9 < many[1] < few[1]
+    assert rate_interval(1.0, 50) == [1.0, 1.0]
