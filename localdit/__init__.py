@@ -58,6 +58,7 @@ def _register_with_diffusers() -> None:
     for cls in (*PIPELINES, LocalDiTTransformer2DModel):
         setattr(diffusers, cls.__name__, cls)  # where loading looks a class name up
     for cls in PIPELINES:
+        setattr(diffusers.pipelines, cls.__name__, cls)  # where diffusers' pipeline testers look
         # from_pipe accepts a component only where its exact class is annotated, and pipelines never import localdit
         cls.__init__.__annotations__["transformer"] = LocalDiTTransformer2DModel
         cls.push_to_hub = push_to_hub  # diffusers' own pushes no code

@@ -28,7 +28,7 @@ RELEASED_CONFIG = {
     "qk_norm_eps": 1e-10,
     "rope_theta": 10000.0,
     "attention_residual": True,
-    "token_mixers": ("window",),
+    "token_mixers": ["window"],
     "mixer_options": {"window": {"window_size": 4, "shift_schedule": "cyclic"}},
 }
 # The release carries projections that its own code never reads; the live ones are fused for the tokens' attention and

@@ -13,9 +13,9 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by channels
 
 
 def single_pictures(image) -> list:
-    """The pictures of a list, a batch or a single picture."""
+    """The pictures of a batch, a single picture, or a list of either."""
     if isinstance(image, list):
-        return image
+        return [picture for item in image for picture in single_pictures(item)]
     return list(image) if isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4 else [image]
 
 
@@ -90,7 +90,10 @@ class LocalDiTImageInputMixin:
     @property
     def pixel_channels(self) -> int:
         """Channels of a picture."""
-        return self.transformer.config.in_channels if self.vae is None else self.vae.config.in_channels
+        if self.vae is None:
+            return self.transformer.config.in_channels
+        config = self.vae.config
+        return config.get("in_channels") or config.encoder_in_channels  # the latter of a ConsistencyDecoderVAE
 
     def is_latents(self, image) -> bool:
         """Whether image is a tensor of latents, by its channels, rather than one of pixels."""

@@ -12,9 +12,9 @@ from PIL import Image
 
 
 def single_masks(mask_image) -> list:
-    """The masks of a list, a batch or a single mask."""
+    """The masks of a batch, a single mask, or a list of either."""
     if isinstance(mask_image, list):
-        return mask_image
+        return [mask for item in mask_image for mask in single_masks(item)]
     batch = {np.ndarray: 3, torch.Tensor: 4}.get(type(mask_image))
     return list(mask_image) if batch is not None and mask_image.ndim == batch else [mask_image]
 

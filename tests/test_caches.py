@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -75,6 +76,31 @@ def test_group_offloading_changes_nothing(pipeline, offload_type):
         onload_device=torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1
     )
     assert torch.equal(draw(pipeline), plain)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "options"),
+    [
+        ("window", {"global_context": 2, "relative_position_bias": True}),
+        ("sliding_window", {"relative_position_bias": True}),
+        ("linear", {}),
+        ("ssm", {"state_size": 4}),
+        ("full", {}),
+    ],
+)
+def test_weights_that_are_offloaded_between_calls_change_nothing(tiny_transformer, mixer, options):
+    model = tiny_transformer(token_mixers=(mixer,), mixer_options={mixer: options})
+    given = {
+        "hidden_states": torch.randn(1, 3, 16, 16),
+        "encoder_hidden_states": torch.randn(1, 5, model.config.caption_channels),
+        "timestep": torch.tensor([500.0]),
+        "added_cond_kwargs": None,
+    }
+    with torch.no_grad():
+        plain = model(**given).sample
+        cpu_offload(model, "cpu")
+        assert next(model.transformer_blocks.parameters()).is_meta
+        assert torch.equal(model(**given).sample, plain)
 
 
 def test_a_device_map_and_a_variant_load_the_same_weights(pipeline, tmp_path):

@@ -4,6 +4,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
@@ -198,6 +199,18 @@ def test_each_picture_goes_with_its_prompt(img2img, picture):
     drawn = draw(img2img, images, strength=0, prompt=["red", "blue"], num_images_per_prompt=2, generator=None)
     first, second = as_tensor(picture), as_tensor(255 - picture)
     assert close(drawn, torch.cat([first, first, second, second]), 1e-6)
+
+
+def test_a_list_may_hold_batches_as_diffusers_own_pipelines_allow(img2img, picture):
+    tensors = [as_tensor(picture), as_tensor(255 - picture)]
+    drawn = draw(img2img, tensors, strength=0, prompt=["red", "blue"])
+    assert close(drawn, torch.cat(tensors), 1e-6)
+
+
+def test_a_consistency_decoder_tells_its_channels_by_another_name(latent_img2img):
+    config = {name: value for name, value in latent_img2img.vae.config.items() if name != "in_channels"}
+    latent_img2img.vae._internal_dict = FrozenDict({**config, "encoder_in_channels": 3})
+    assert latent_img2img.pixel_channels == 3
 
 
 @pytest.mark.parametrize("name", ["ddpm", "dpm_flow", "flow"])

@@ -38,6 +38,15 @@ def test_the_unmasked_pixels_stay_to_the_byte_and_the_masked_ones_change(make_pi
     assert (np.abs(before[:, :8].astype(int) - after[:, :8]) > 2).mean() > 0.5
 
 
+def test_a_list_of_masks_may_hold_batches(make_pipeline):
+    pipe = make_pipeline(LocalDiTInpaintPipeline)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1)]
+    pictures = pipe(["red", "red"], [PICTURE] * 2, [mask] * 2, generator=generators, output_type="np").images
+    assert np.allclose(pictures[0], pictures[1], atol=1e-5)
+
+
 SCHEDULERS = {
     "ddim": lambda: DDIMScheduler(prediction_type="epsilon", clip_sample=False),
     "euler": lambda: EulerDiscreteScheduler(prediction_type="epsilon"),

@@ -101,7 +101,7 @@ def test_the_caches_of_diffusers_know_the_block(pipeline):
 
 
 def test_our_classes_are_attributes_of_diffusers():
-    for name in ("LocalDiTPipeline", "LocalDiTImg2ImgPipeline", "LocalDiTTransformer2DModel"):
+    for name in localdit.__all__:
         assert getattr(diffusers, name) is getattr(localdit, name)
 
 

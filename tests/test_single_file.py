@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from localdit import LocalDiTPipeline, command_line
+from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel, command_line
 from tests.released_reference import released_model
 
 
@@ -82,6 +82,16 @@ def test_the_published_size_draws_768_by_1024_in_bf16_within_six_gigabytes(tmp_p
         assert result.returncode == 0, result.stderr[-2000:]
     finite, memory = result.stdout.split()
     assert finite == "True" and int(memory) < 6e9
+
+
+def test_the_transformer_goes_to_the_asked_device_and_its_config_is_what_a_folder_gives(checkpoint_file, tmp_path):
+    model = LocalDiTTransformer2DModel.from_single_file(checkpoint_file, device="meta")
+    assert model.device.type == "meta"
+    model = LocalDiTTransformer2DModel.from_single_file(checkpoint_file)
+    model.save_pretrained(tmp_path / "folder")
+    folder = LocalDiTTransformer2DModel.from_pretrained(tmp_path / "folder").config
+    mine, theirs = ({k: v for k, v in config.items() if k[0] != "_"} for config in (model.config, folder))
+    assert mine == theirs
 
 
 @pytest.mark.parametrize("program", ["infer_t2i", "infer_i2i"])

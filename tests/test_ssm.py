@@ -143,6 +143,14 @@ def test_a_whole_model_trains_compiles_and_reloads_with_it_in_half_precision_too
     assert (close - sample).abs().mean() < 0.05 * sample.abs().mean()
 
 
+def test_it_compiles_for_any_length():
+    attn = make_attention(make(state_size=4))
+    compiled = torch.compile(attn, fullgraph=True, dynamic=True, backend="eager")
+    for grid in ((3, 4), (5, 6), (7, 7)):
+        tokens = torch.randn(1, grid[0] * grid[1], CHANNELS)
+        torch.testing.assert_close(compiled(tokens, grid), attn(tokens, grid), rtol=1e-4, atol=1e-5)
+
+
 def test_fused_projections_change_nothing():
     attn = make_attention(make())
     tokens = torch.randn(1, 12, CHANNELS)

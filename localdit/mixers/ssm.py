@@ -45,7 +45,7 @@ class S4DKernel(nn.Module):
         weight = 2 * readout * (torch.exp(step * eigenvalue) - 1) / eigenvalue  # [2, C, S]
 
         # exp(dt a l) with l = i * block + j is an outer product, so memory grows with the root of the length
-        block = math.isqrt(length - 1) + 1
+        block = math.ceil(length**0.5)
         positions = torch.arange(block, device=step.device)
         inner = torch.exp((step * eigenvalue).unsqueeze(-1) * positions)  # [C, S, block]
         outer = torch.exp((step * eigenvalue).unsqueeze(-1) * (positions * block))

@@ -132,6 +132,15 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         processor = cast(Callable, self.processor)  # diffusers annotates its own processors only
         return processor(self, hidden_states, *args, **kwargs)
 
+    def to(self, *args, **kwargs) -> "LocalDiTAttention":
+        """As ever, but that offloaded weights stay where they are.
+
+        accelerate moves every argument of a module to the module's device, and this one is its mixer's argument.
+        """
+        if any(parameter.is_meta for parameter in self.parameters()):
+            return self
+        return super().to(*args, **kwargs)
+
     def to_heads(self, states: torch.Tensor) -> torch.Tensor:
         """Split [..., H * D] into [..., H, D]."""
         return states.unflatten(-1, (self.heads, -1))

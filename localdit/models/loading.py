@@ -40,6 +40,7 @@ class ForeignCheckpointsMixin:
         dtype: torch.dtype | None = None,
         torch_dtype: torch.dtype | None = None,
         subfolder: str | None = None,
+        device: torch.device | str | None = None,
         **kwargs: Any,
     ):
         """Load a checkpoint in the released LocalDiT's format, of any size.
@@ -56,6 +57,7 @@ class ForeignCheckpointsMixin:
                 saved, half of the window attention) or "off"; see `localdit.conversion.from_released`.
             dtype, torch_dtype: of the weights; fp32 by default.
             subfolder: of `config`, where that is a folder or Hub id.
+            device: where to; the CPU by default.
             kwargs: `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision` of a Hub link.
 
         Returns:
@@ -69,7 +71,7 @@ class ForeignCheckpointsMixin:
         if not isinstance(given, dict) and os.fspath(given).endswith(".gguf"):
             if not isinstance(config, str | os.PathLike):
                 raise ValueError(f"{given} tells no config; give config= the folder or Hub id that has config.json.")
-            kwargs |= {"config": os.fspath(config), "subfolder": subfolder, "dtype": dtype}
+            kwargs |= {"config": os.fspath(config), "subfolder": subfolder, "dtype": dtype, "device": device}
             return super().from_single_file(os.fspath(given), **kwargs)  # diffusers reads these, and quantized ones
         unknown = sorted(set(kwargs) - set(HUB_ARGUMENTS))
         if unknown:
@@ -105,7 +107,7 @@ class ForeignCheckpointsMixin:
             model = cls.from_config(settings)
         check_names(model.state_dict(), state_dict, source)
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
-        return model.eval()
+        return model.eval().to(device or "cpu")
 
     @classmethod
     def from_pixart(
