@@ -215,6 +215,7 @@ class SampleConfig:
         height, width: pixels.
         num_inference_steps: at least 1.
         guidance_scale: 1 turns guidance off.
+        img2img_guidance_scale: of image to image, where it differs; a default of the trained pipeline, no argument.
         strength: for image to image, in [0, 1].
         seed: of the first picture; the next ones count up.
         num_images: pictures per prompt.
@@ -226,6 +227,7 @@ class SampleConfig:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    img2img_guidance_scale: float | None = None
     strength: float | None = None
     seed: int = 0
     num_images: int = 1

@@ -25,6 +25,7 @@ STANDARD_CALL = {
     "width": None,
     "num_inference_steps": 20,
     "guidance_scale": 4.5,
+    "img2img_guidance_scale": None,  # as guidance_scale
     "strength": 0.6,
     "max_sequence_length": 120,
     "aspect_ratio": "height/width",

@@ -35,8 +35,9 @@ class LocalDiTPipeline(
         transformer: a `LocalDiTTransformer2DModel` with `caption_channels`.
         scheduler: any of diffusers' samplers whose `prediction_type` fits the training.
         call_defaults: what a call uses where the caller says nothing: "height", "width" (pixels),
-            "num_inference_steps", "guidance_scale", "strength", "max_sequence_length"; and "aspect_ratio", which
-            the transformer was trained with: "height/width" (PixArt's) or "width/height". Saved with the pipeline.
+            "num_inference_steps", "guidance_scale", "img2img_guidance_scale" (for image to image, where it differs),
+            "strength", "max_sequence_length"; and "aspect_ratio", which the transformer was trained with:
+            "height/width" (PixArt's) or "width/height". Saved with the pipeline.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"

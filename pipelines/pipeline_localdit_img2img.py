@@ -38,8 +38,9 @@ class LocalDiTImg2ImgPipeline(
         transformer: a `LocalDiTTransformer2DModel` with `caption_channels`.
         scheduler: any of diffusers' samplers whose `prediction_type` fits the training.
         call_defaults: what a call uses where the caller says nothing: "height", "width" (pixels),
-            "num_inference_steps", "guidance_scale", "strength", "max_sequence_length"; and "aspect_ratio", which
-            the transformer was trained with: "height/width" (PixArt's) or "width/height". Saved with the pipeline.
+            "num_inference_steps", "guidance_scale", "img2img_guidance_scale" (for image to image, where it differs),
+            "strength", "max_sequence_length"; and "aspect_ratio", which the transformer was trained with:
+            "height/width" (PixArt's) or "width/height". Saved with the pipeline.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -109,7 +110,8 @@ class LocalDiTImg2ImgPipeline(
             height, width: size in pixels, multiples of one token; by default the size the model was made for.
             num_inference_steps: denoising steps, at least 1.
             timesteps, sigmas: the sampler's own timesteps or sigmas instead of evenly chosen ones.
-            guidance_scale: weight of classifier-free guidance (arXiv 2207.12598); 1 or less turns it off.
+            guidance_scale: weight of classifier-free guidance (arXiv 2207.12598); 1 or less turns it off. Its
+                default is "img2img_guidance_scale" of `call_defaults`, where they have one.
             num_images_per_prompt: pictures per prompt, at least 1.
             eta: noise of the DDIM sampler, in [0, 1]; other samplers ignore it.
             generator: one for all pictures, or a list with one for each, so that no picture depends on its batch.
@@ -133,6 +135,7 @@ class LocalDiTImg2ImgPipeline(
         # 1. Check inputs
         height, width = self.default_size(height, width)
         num_inference_steps = self.call_default("num_inference_steps", num_inference_steps)
+        guidance_scale = self.call_default("img2img_guidance_scale", guidance_scale)
         guidance_scale = self.call_default("guidance_scale", guidance_scale)
         max_sequence_length = self.call_default("max_sequence_length", max_sequence_length)
         strength = self.call_default("strength", strength)

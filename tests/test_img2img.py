@@ -213,6 +213,20 @@ def test_a_consistency_decoder_tells_its_channels_by_another_name(latent_img2img
     assert latent_img2img.pixel_channels == 3
 
 
+def test_image_to_image_may_have_a_default_guidance_of_its_own(make_pipeline, picture):
+    defaults = {"guidance_scale": 5.0, "num_inference_steps": 2}
+    for extra, used in (({}, 5.0), ({"img2img_guidance_scale": 3.0}, 3.0)):
+        pipeline = make_pipeline(LocalDiTImg2ImgPipeline, call_defaults=defaults | extra)
+        draw(pipeline, picture)
+        assert pipeline.guidance_scale == used
+        draw(pipeline, picture, guidance_scale=2.0)
+        assert pipeline.guidance_scale == 2.0
+        text = LocalDiTPipeline.from_pipe(pipeline)
+        text.set_progress_bar_config(disable=True)
+        text(PROMPT)
+        assert text.guidance_scale == 5.0
+
+
 @pytest.mark.parametrize("name", ["ddpm", "dpm_flow", "flow"])
 def test_a_picture_with_its_own_generator_does_not_depend_on_its_batch(img2img, latent_img2img, picture, name):
     class_name, config = SAMPLERS[name]

@@ -69,9 +69,10 @@ def steps_within(config: TrainConfig, cpu_seconds: float) -> int:
     """How many steps of a run fit into so many seconds of this process."""
     trainer = Trainer(replace(config, max_steps=WARM_UP + TIMED))
     batches = iter(trainer.loader)
-    for step in range(WARM_UP + TIMED):
-        if step == WARM_UP:
-            start = time.process_time()
+    for step in range(WARM_UP):
+        trainer._step(step, batches)
+    start = time.process_time()
+    for step in range(WARM_UP, WARM_UP + TIMED):
         trainer._step(step, batches)
     return max(1, int(cpu_seconds * TIMED / (time.process_time() - start)))
 

@@ -112,6 +112,7 @@ class Networks:
         defaults = {
             "num_inference_steps": sample.num_inference_steps,
             "guidance_scale": sample.guidance_scale,
+            "img2img_guidance_scale": sample.img2img_guidance_scale,
             "strength": sample.strength,
             "max_sequence_length": self.tokenizer.model_max_length if self.tokenizer is not None else None,
         }

@@ -38,6 +38,19 @@ def compiled_flex_attention() -> Callable:
     return torch.compile(flex_attention, dynamic=False)
 
 
+def bias_by_offset(table: torch.Tensor, width: int, kernel_size: int, dilation: int) -> Callable:
+    """What FlexAttention does to a score: add the entry of `table` [(2 k - 1)², H] for the offset of query and key."""
+    reach = 2 * kernel_size - 2
+
+    def add_bias(score, batch, head, query, key):
+        rows = torch.div(query // width - key // width, dilation, rounding_mode="floor") + kernel_size - 1
+        columns = torch.div(query % width - key % width, dilation, rounding_mode="floor") + kernel_size - 1
+        # the offsets of masked keys may leave the table, and count for nothing
+        return score + table[rows.clamp(0, reach) * (reach + 1) + columns.clamp(0, reach), head]
+
+    return add_bias
+
+
 def attend_by_flex(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -48,22 +61,13 @@ def attend_by_flex(
     bias_table: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attend inside the neighbourhoods of [B, N, H, D]; `bias_table` [(2 k - 1)², H] is added by offset."""
-    width = grid[1]
-    reach = 2 * kernel_size - 2
-
-    def add_bias(score, batch, head, q, k):
-        rows = torch.div(q // width - k // width, dilation, rounding_mode="floor") + kernel_size - 1
-        columns = torch.div(q % width - k % width, dilation, rounding_mode="floor") + kernel_size - 1
-        # the offsets of masked keys may leave the table, and count for nothing
-        return score + bias_table[rows.clamp(0, reach) * (reach + 1) + columns.clamp(0, reach), head]
-
     inside_graph = torch.compiler.is_compiling()
     mask_of = build_block_mask if inside_graph else cached_block_mask
     # uncompiled it computes all scores, which is right but slow; compiling for a CPU takes longer than it saves
     flex = compiled_flex_attention() if query.device.type == "cuda" and not inside_graph else flex_attention
     mixed = flex(
         *(states.transpose(1, 2) for states in (query, key, value)),
-        score_mod=add_bias if bias_table is not None else None,
+        score_mod=bias_by_offset(bias_table, grid[1], kernel_size, dilation) if bias_table is not None else None,
         block_mask=mask_of(*grid, kernel_size, dilation, query.device),
     )
     return mixed.transpose(1, 2)
