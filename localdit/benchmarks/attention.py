@@ -14,6 +14,9 @@ from torch import nn
 
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
+from localdit.mixers.linear import LinearAttnProcessor
+from localdit.mixers.sliding_window import SlidingWindowAttnProcessor
+from localdit.mixers.ssm import BidirectionalSSMProcessor
 from localdit.mixers.window import WindowAttnProcessor
 from localdit.models.attention import LocalDiTAttention
 from localdit.models.transformer_localdit import LocalDiTBlock
@@ -41,6 +44,9 @@ def mixers() -> dict[str, Callable[[], TokenMixer]]:
         "window 8": lambda: WindowAttnProcessor(*common, window_size=8),
         "window 16": lambda: WindowAttnProcessor(*common, window_size=16),
         "window 8 + context 4": lambda: WindowAttnProcessor(*common, window_size=8, global_context=4),
+        "sliding_window 7": lambda: SlidingWindowAttnProcessor(*common, kernel_size=7),
+        "linear": lambda: LinearAttnProcessor(*common),
+        "ssm": lambda: BidirectionalSSMProcessor(*common, hourglass_ratio=1),
     }
 
 
@@ -61,6 +67,8 @@ def build(mixer: TokenMixer, part: str) -> nn.Module:
         norm_eps=1e-6,
         qk_norm="rms_norm",
         qk_norm_eps=1e-6,
+        feed_forward="mlp",
+        mlp_ratio=4.0,
     )
 
 
