@@ -31,6 +31,14 @@ STANDARD_CALL = {
     "aspect_ratio": "height/width",
 }
 
+# What `encode_prompt` returns, and a callback may change.
+PROMPT_CONDITIONS = (
+    "prompt_embeds",
+    "prompt_attention_mask",
+    "negative_prompt_embeds",
+    "negative_prompt_attention_mask",
+)
+
 ASPECT_RATIOS = ("height/width", "width/height")  # PixArt's, and the released LocalDiT's
 
 
@@ -73,6 +81,14 @@ class LocalDiTPipelineMixin:
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
         # it would pass tensors of so many channels on as latents; those never get to it
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor, vae_latent_channels=0)
+
+    def begin(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> torch.device:
+        """Note what a call's properties tell from now on; returns the device that it runs on."""
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        return self._execution_device
 
     @property
     def guidance_scale(self) -> float:
@@ -165,6 +181,10 @@ class LocalDiTPipelineMixin:
             negative_prompt_embeds = None
             negative_prompt_attention_mask = None
         return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
+
+    def prompt_conditions(self, *arguments: Any) -> dict[str, torch.Tensor | None]:
+        """What `encode_prompt` returns for its arguments, by name."""
+        return dict(zip(PROMPT_CONDITIONS, self.encode_prompt(*arguments), strict=True))
 
     def _encode_texts(
         self, texts: list[str], max_sequence_length: int, device: torch.device

@@ -156,40 +156,28 @@ class LocalDiTPipeline(
         batch_size = prompts * num_images_per_prompt
         self.check_generator(generator, batch_size)
         self.check_latents(latents, batch_size, height, width)
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
+        device = self.begin(guidance_scale, attention_kwargs)
 
         # 2. Encode the prompt
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            self.encode_prompt(
-                prompt,
-                negative_prompt,
-                self.do_classifier_free_guidance,
-                num_images_per_prompt,
-                device,
-                prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                max_sequence_length,
-            )
+        conditions = self.prompt_conditions(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_images_per_prompt,
+            device,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            max_sequence_length,
         )
-        conditions = {
-            "prompt_embeds": prompt_embeds,
-            "prompt_attention_mask": prompt_attention_mask,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-        }
 
         # 3. Prepare timesteps and latents
         schedule, self._num_timesteps = self.set_timesteps(
             num_inference_steps, timesteps, sigmas, height, width, device
         )
         if latents is None:
-            latents = self.prepare_noise(batch_size, height, width, prompt_embeds.dtype, device, generator)
+            latents = self.prepare_noise(batch_size, height, width, self.transformer.dtype, device, generator)
         latents = latents.to(device) * self.init_noise_sigma
 
         # 4. Denoise

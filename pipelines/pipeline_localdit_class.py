@@ -151,11 +151,7 @@ class LocalDiTClassPipeline(
         batch_size = len(labels) * num_images_per_label
         self.check_generator(generator, batch_size)
         self.check_latents(latents, batch_size, height, width)
-        self._guidance_scale = guidance_scale if class_labels is not None else 1.0
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
+        device = self.begin(guidance_scale if class_labels is not None else 1.0, attention_kwargs)
 
         # 2. Prepare the labels, timesteps and latents
         labels = torch.tensor(labels, device=device).repeat_interleave(num_images_per_label)

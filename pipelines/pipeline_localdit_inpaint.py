@@ -173,42 +173,30 @@ class LocalDiTInpaintPipeline(
         self.check_strength(strength)
         self.check_image(image, prompts, height, width)
         self.check_mask(mask_image, prompts)
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-        self._interrupt = False
-        device = self._execution_device
+        device = self.begin(guidance_scale, attention_kwargs)
 
         # 2. Encode the prompt
-        prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask = (
-            self.encode_prompt(
-                prompt,
-                negative_prompt,
-                self.do_classifier_free_guidance,
-                num_images_per_prompt,
-                device,
-                prompt_embeds,
-                prompt_attention_mask,
-                negative_prompt_embeds,
-                negative_prompt_attention_mask,
-                max_sequence_length,
-            )
+        conditions = self.prompt_conditions(
+            prompt,
+            negative_prompt,
+            self.do_classifier_free_guidance,
+            num_images_per_prompt,
+            device,
+            prompt_embeds,
+            prompt_attention_mask,
+            negative_prompt_embeds,
+            negative_prompt_attention_mask,
+            max_sequence_length,
         )
-        conditions = {
-            "prompt_embeds": prompt_embeds,
-            "prompt_attention_mask": prompt_attention_mask,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-        }
 
         # 3. Prepare timesteps and latents
         schedule, self._num_timesteps = self.set_timesteps(
             num_inference_steps, timesteps, sigmas, height, width, device
         )
         schedule, self._num_timesteps = self.last_timesteps(schedule, self._num_timesteps, strength)
-        clean = self.encode_image(image, batch_size, height, width, prompt_embeds.dtype, device)
+        clean = self.encode_image(image, batch_size, height, width, self.transformer.dtype, device)
         if latents is None:
-            latents = self.prepare_noise(batch_size, height, width, prompt_embeds.dtype, device, generator)
+            latents = self.prepare_noise(batch_size, height, width, self.transformer.dtype, device, generator)
         noise = latents.to(clean)
         mask = self.encode_mask(mask_image, batch_size, height, width, device)
         latent_mask = self.latent_mask(mask)

@@ -69,6 +69,12 @@ def test_damaged_and_missing_idx_files_are_named(idx_folder, tmp_path):
     empty.mkdir()
     with pytest.raises(ValueError, match="holds no file train-images-idx3-ubyte.*data.path"):
         load_labelled_images("mnist", "train", empty)
+    (idx_folder / "MNIST").rename(idx_folder / "digits")
+    (idx_folder / "FashionMNIST").rename(idx_folder / "clothes")
+    for name in ("digits", "clothes"):
+        (idx_folder / name / "raw" / "train-images-idx3-ubyte").write_bytes(content)
+    with pytest.raises(ValueError, match="in 2 folders.*set data.path to one of them"):
+        load_labelled_images("fashion_mnist", "train", idx_folder)
 
 
 def test_the_hub_is_asked_first_and_its_failure_names_the_folder_option(monkeypatch):

@@ -1,6 +1,8 @@
 """Sliding-window attention equals dense attention under a mask, forward and backward, on any grid."""
 
 import itertools
+import sys
+import types
 
 import pytest
 import torch
@@ -101,6 +103,46 @@ def test_with_flex_attention_gradients_are_those_of_dense_attention(device):
     gradients = [torch.autograd.grad((result * weight).sum(), leaves) for result in results]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(1, 1), (4, 1), (7, 1), (3, 2), (3, 3)])
+@pytest.mark.parametrize("grid", [*GRIDS, (9, 11)])
+def test_natten_is_dense_attention_under_the_same_mask(grid, kernel_size, dilation, device):
+    pytest.importorskip("natten")
+    mixer = make(kernel_size=kernel_size, dilation=dilation, backend="natten").to(device)
+    states = torch.randn(3, 2, grid[0] * grid[1], HEADS, HEAD_DIM, device=device)
+    with torch.no_grad():
+        result = mixer.mix(*states, grid)
+    torch.testing.assert_close(result, dense(mixer, *states, grid), rtol=1e-4, atol=1e-5)
+    leaves = [state.requires_grad_() for state in states.unbind()]
+    results = [mixer.mix(*leaves, grid), dense(mixer, *leaves, grid)]
+    weight = torch.randn_like(results[0])
+    gradients = [torch.autograd.grad((result * weight).sum(), leaves) for result in results]
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_natten_is_called_where_its_grid_is_wide_enough(monkeypatch):
+    """With a stand-in for the package, which sees a map of tokens."""
+    seen = []
+
+    def na2d(query, key, value, kernel_size, dilation):
+        seen.append((tuple(query.shape), kernel_size, dilation))
+        return value
+
+    monkeypatch.setitem(sys.modules, "natten", types.SimpleNamespace(na2d=na2d, __spec__=object()))
+    mixer = make(kernel_size=3, dilation=2, backend="natten")
+    states = torch.randn(3, 2, 6 * 7, HEADS, HEAD_DIM)
+    with torch.no_grad():
+        assert torch.equal(mixer.mix(*states, (6, 7)), states[2])
+        mixer.mix(*states[:, :, :35], (5, 7))
+    assert seen == [((2, 6, 7, HEADS, HEAD_DIM), 3, 2)]
+    with pytest.raises(ValueError, match="has no relative_position_bias; set backend='tiles'"):
+        make(backend="natten", relative_position_bias=True)
+    monkeypatch.setitem(sys.modules, "natten", None)
+    with pytest.raises(ImportError, match="needs the package natten.*or set backend='tiles'"):
+        make(backend="natten")
 
 
 def test_an_unknown_backend_names_the_known_ones():

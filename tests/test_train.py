@@ -30,7 +30,7 @@ from localdit.data import digit_scenes
 from train.autoencoder import Reconstruction, build_autoencoder, standardize
 from train.autoencoder import train as train_autoencoder
 from train.command_line import parse
-from train.compare_mixers import ComparisonConfig, compare
+from train.compare_mixers import ComparisonConfig
 from train.components import build_text_encoder, build_tokenizer
 from train.data import MicroStepSampler
 from train.datasets import DigitScenes, ImageFolder
@@ -500,27 +500,3 @@ def test_two_processes_train_together(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_comparison_scores_every_contestant_once_and_the_references(tmp_path):
-    tiny = tiny_config(tmp_path / "runs")
-    model = replace(
-        tiny.model,
-        in_channels=1,
-        sample_size=8,
-        patch_size=4,
-        caption_channels=None,
-        num_classes=10,
-        mixer_options=None,
-    )
-    data = DataConfig(name="sklearn_digits", resolution=8, num_workers=0)
-    shared = replace(tiny, model=model, data=data, sample=SampleConfig(num_inference_steps=1, guidance_scale=1.0))
-    config = ComparisonConfig(str(tmp_path / "scores.jsonl"), shared, ["full", "ssm"], seeds=1, cpu_seconds=0.5)
-    compare(config)
-    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == ["the training half", "a Gaussian per class", "full", "ssm"]
-    assert lines[0]["accuracy"] > 0.9 and lines[2]["steps"] > 0 and lines[2]["training_seconds"] > 0
-    compare(config)  # nothing is left to do
-    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
-    with pytest.raises(ValueError, match=r"contestants \['fast'\] are not known"):
-        compare(replace(config, contestants=["fast"]))

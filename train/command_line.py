@@ -23,6 +23,6 @@ def run(program: str, main: Callable[[], None]) -> None:
     """Run a command line; what cannot work ends it with one sentence and exit code 2."""
     try:
         main()
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
         print(f"{program}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

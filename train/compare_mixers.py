@@ -5,62 +5,55 @@ import multiprocessing
 import resource
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
 from config import ModelConfig, TrainConfig
-from localdit.data.labelled_images import load_labelled_images
-from localdit.evaluation.digit_classes import DigitJudge
+from localdit.data.digit_scenes import load_digits
+from localdit.data.labelled_images import SETS, load_labelled_images
+from localdit.evaluation.digit_scenes import load_reader, score_real_scenes
 from train.command_line import parse, run
 from train.datasets import resized
+from train.score_classes import draw_classes, judge_of
+from train.score_digit_scenes import score_text_to_image
 from train.trainer import Trainer
 
-WINDOW = {"window_size": 4, "shift_schedule": "swin"}
-GLOBAL = {**WINDOW, "global_context": 2}
-SLIDING = {"kernel_size": 5}
-
-# What is compared, by name. An ssm layer of ratio 1 has 2 C² parameters more than attention, which its feed-forward
-# gives back, and the state space's own, under 200 C.
-CONTESTANTS: dict[str, dict] = {
-    "full": {"token_mixers": ("full",)},
-    "window": {"token_mixers": ("window",), "mixer_options": {"window": WINDOW}},
-    "window + global context": {"token_mixers": ("window",), "mixer_options": {"window": GLOBAL}},
-    "sliding_window": {"token_mixers": ("sliding_window",), "mixer_options": {"sliding_window": SLIDING}},
-    "linear": {"token_mixers": ("linear",)},
-    "ssm": {"token_mixers": ("ssm",), "mixer_options": {"ssm": {"hourglass_ratio": 1}}, "mlp_ratio": 1.0},
-    "window, window, full": {"token_mixers": ("window", "window", "full"), "mixer_options": {"window": WINDOW}},
-    "linear, linear, window": {"token_mixers": ("linear", "linear", "window"), "mixer_options": {"window": WINDOW}},
-}
 WARM_UP, TIMED = 5, 30  # steps, to learn how many fit into the budget
-SAMPLES_PER_CLASS = 100
 
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """A comparison of token mixers on labelled digits.
+    """A comparison of token mixers, on labelled pictures or on digit scenes.
 
     Args:
         output: file of the scores, one JSON object a line; runs that it holds already are not done again.
-        contestants: names of `CONTESTANTS`.
+        run: what the runs share; each brings its own mixers, seed and number of steps.
+        contestants: by name, what of the model's config each has for its own.
+        only: names of the contestants to run; None for all.
         seeds: how many seeds, from 0 on.
         cpu_seconds: the training time of each run, on one thread.
-        run: what the runs share; each brings its own mixers, seed and number of steps.
+        samples: pictures of each class, or of each kind of digit scene, that are scored.
+        reader: of digit scenes, trained by python -m localdit.evaluation.digit_scenes train.
     """
 
     output: str
     run: TrainConfig
-    contestants: list[str] = field(default_factory=lambda: list(CONTESTANTS))
+    contestants: dict[str, dict[str, Any]]
+    only: list[str] | None = None
     seeds: int = 3
     cpu_seconds: float = 80.0
+    samples: int = 100
+    reader: str | None = None
 
 
 def contestant(config: ComparisonConfig, name: str, seed: int) -> TrainConfig:
     """The run of one contestant."""
-    model: ModelConfig = replace(config.run.model, **CONTESTANTS[name])
+    model: ModelConfig = replace(config.run.model, **config.contestants[name])
     folder = Path(config.run.output_dir) / f"{name.replace(' ', '_')}-{seed}"
     return replace(config.run, model=model, seed=seed, output_dir=str(folder), resume=None)
 
@@ -77,62 +70,87 @@ def steps_within(config: TrainConfig, cpu_seconds: float) -> int:
     return max(1, int(cpu_seconds * TIMED / (time.process_time() - start)))
 
 
-def measure(config: TrainConfig, cpu_seconds: float) -> dict:
-    """Train one contestant, draw pictures of every class, and score them."""
+def measure(config: ComparisonConfig, name: str, seed: int) -> dict:
+    """Train one contestant and score what it draws."""
     torch.set_num_threads(1)
-    shutil.rmtree(config.output_dir, ignore_errors=True)
-    config = replace(config, max_steps=steps_within(config, cpu_seconds))
+    training = contestant(config, name, seed)
+    shutil.rmtree(training.output_dir, ignore_errors=True)
+    training = replace(training, max_steps=steps_within(training, config.cpu_seconds))
     start = time.process_time()
-    trainer = Trainer(config)
+    trainer = Trainer(training)
     trainer.train()
-    trained = time.process_time()
-    parameters = sum(parameter.numel() for parameter in trainer.denoiser.parameters())
-
-    pipeline = DiffusionPipeline.from_pretrained(Path(config.output_dir) / "pipeline")
+    seconds = time.process_time() - start
+    pipeline = DiffusionPipeline.from_pretrained(Path(training.output_dir) / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    labels = np.arange(pipeline.transformer.config.num_classes).repeat(SAMPLES_PER_CLASS)
-    generator = torch.Generator().manual_seed(config.seed)
-    begun = time.process_time()
-    pictures = pipeline(labels.tolist(), generator=generator, output_type="np").images[..., 0]
-    sampled = time.process_time()
     return {
-        "parameters": parameters,
-        "steps": config.max_steps,
-        "training_seconds": trained - start,
-        "sampling_seconds": sampled - begun,
+        "parameters": sum(parameter.numel() for parameter in trainer.denoiser.transformer.parameters()),
+        "steps": training.max_steps,
+        "training_seconds": seconds,
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        **judge(config).score(pictures, labels),
+        **score(config, pipeline, seed),
     }
 
 
-def judge(config: TrainConfig) -> DigitJudge:
-    """A judge that learned from the other half, at the run's resolution."""
-    images, labels, _ = load_labelled_images(config.data.name, "test", config.data.path)
-    return DigitJudge(resized(images, config.data.resolution), labels)
+def score(config: ComparisonConfig, pipeline: DiffusionPipeline, seed: int) -> dict[str, Any]:
+    """Scores of what a pipeline draws, and how long it and, of scenes, their reading took."""
+    data = config.run.data
+    start = time.process_time()
+    if data.name not in SETS:
+        scores = score_text_to_image(pipeline, load_reader(checked_reader(config)), config.samples, seed)
+        return {"sampling_seconds": time.process_time() - start, **scene_rates(scores)}
+    pictures, labels = draw_classes(pipeline, config.samples, seed)
+    seconds = time.process_time() - start
+    return {"sampling_seconds": seconds, **judge_of(data.name, data.path, data.resolution).score(pictures, labels)}
 
 
-def references(config: TrainConfig) -> dict[str, dict]:
-    """What the scores of no generator at all are: the training half itself, and a Gaussian of each class's pixels."""
-    images, labels, _ = load_labelled_images(config.data.name, "train", config.data.path)
-    images = resized(images, config.data.resolution)
+def scene_rates(scores: dict) -> dict[str, float]:
+    """The rates that tell mixers apart: everything right by kind of scene, and the relation over all of two digits."""
+    pairs = [scores["two_digits"]["rates"], scores["two_digits_held_out"]["rates"]]
+    return {
+        "one_digit": scores["one_digit"]["rates"]["all"],
+        "two_digits": pairs[0]["all"],
+        "held_out": pairs[1]["all"],
+        "relation": float(np.mean([rates["relation"] for rates in pairs])),
+        "digits": float(np.mean([rates["digits"] for rates in pairs])),
+    }
+
+
+def checked_reader(config: ComparisonConfig) -> str:
+    if config.reader is None or not Path(config.reader).is_file():
+        raise ValueError(
+            f"reader={config.reader!r} is no file; train one with python -m localdit.evaluation.digit_scenes train."
+        )
+    return config.reader
+
+
+def references(config: ComparisonConfig) -> dict[str, dict]:
+    """What the scores of no generator at all are: of real pictures, and of a Gaussian of each class's pixels."""
+    data = config.run.data
+    if data.name not in SETS:
+        scores = score_real_scenes(load_reader(checked_reader(config)), *load_digits("train"), config.samples)
+        return {"real scenes": scene_rates(scores)}
+    images, labels, _ = load_labelled_images(data.name, "train", data.path)
+    images = resized(images, data.resolution)
     rng = np.random.default_rng(0)
     drawn = []
     for label in np.unique(labels):
         own = images[labels == label].reshape(-1, images[0].size) / 255
-        drawn.append(rng.multivariate_normal(own.mean(0), np.cov(own, rowvar=False), SAMPLES_PER_CLASS).clip(0, 1))
+        drawn.append(rng.multivariate_normal(own.mean(0), np.cov(own, rowvar=False), config.samples).clip(0, 1))
     gaussian = np.concatenate(drawn).reshape(-1, *images.shape[1:])
-    scores = judge(config)
+    judge = judge_of(data.name, data.path, data.resolution)
     return {
-        "the training half": scores.score(images, labels),
-        "a Gaussian per class": scores.score(gaussian, np.unique(labels).repeat(SAMPLES_PER_CLASS)),
+        "the training pictures": judge.score(images, labels),
+        "a Gaussian per class": judge.score(gaussian, np.unique(labels).repeat(config.samples)),
     }
 
 
 def compare(config: ComparisonConfig) -> None:
     """Run what is missing in `config.output`, each in a process of its own, so that its memory can be told."""
-    unknown = sorted(set(config.contestants) - set(CONTESTANTS))
-    if unknown:
-        raise ValueError(f"contestants {unknown} are not known; choose among {list(CONTESTANTS)}.")
+    names = list(config.contestants) if config.only is None else config.only
+    if unknown := sorted(set(names) - set(config.contestants)):
+        raise ValueError(f"only={unknown} are not known; choose among {list(config.contestants)}.")
+    if config.run.data.name not in SETS:
+        checked_reader(config)
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
@@ -141,17 +159,18 @@ def compare(config: ComparisonConfig) -> None:
     def write(name: str, seed: int | None, scores: dict) -> None:
         with output.open("a") as file:
             file.write(json.dumps({"name": name, "seed": seed, "cpu_seconds": config.cpu_seconds, **scores}) + "\n")
-        print(f"{name}, seed {seed}: accuracy {scores['accuracy']:.3f}, distance {scores['distance']:.2f}", flush=True)
+        rates = (f"{key} {value:.3g}" for key, value in scores.items() if isinstance(value, float))
+        print(f"{name}, seed {seed}: {', '.join(rates)}", flush=True)
 
     if not done:
-        for name, scores in references(config.run).items():
+        for name, scores in references(config).items():
             write(name, None, scores)
     spawn = multiprocessing.get_context("spawn")
     for seed in range(config.seeds):
-        for name in config.contestants:
+        for name in names:
             if (name, seed) not in done:
                 with spawn.Pool(1) as pool:
-                    write(name, seed, pool.apply(measure, (contestant(config, name, seed), config.cpu_seconds)))
+                    write(name, seed, pool.apply(measure, (config, name, seed)))
 
 
 if __name__ == "__main__":

@@ -99,9 +99,13 @@ def _from_idx(name: str, split: Split, folder: Path) -> tuple[np.ndarray, np.nda
 
 
 def _find(root: Path, name: str) -> Path:
-    for file in (*sorted(root.rglob(name)), *sorted(root.rglob(f"{name}.gz"))):
-        return file
-    raise ValueError(f"{root} holds no file {name} or {name}.gz; set data.path to the folder of the IDX files.")
+    files = [*sorted(root.rglob(name)), *sorted(root.rglob(f"{name}.gz"))]
+    if not files:
+        raise ValueError(f"{root} holds no file {name} or {name}.gz; set data.path to the folder of the IDX files.")
+    folders = sorted({str(file.parent) for file in files})
+    if len(folders) > 1:  # MNIST's and Fashion-MNIST's files have the same names
+        raise ValueError(f"{root} holds {name} in {len(folders)} folders, {folders}; set data.path to one of them.")
+    return files[0]
 
 
 def read_idx(file: Path) -> np.ndarray:

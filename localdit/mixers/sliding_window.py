@@ -9,6 +9,7 @@ from torch import nn
 
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.sliding_window_flex import attend_by_flex
+from localdit.mixers.sliding_window_natten import attend_by_natten, check_natten, natten_takes
 from localdit.models.attention import attend
 
 # B batch, N tokens of the grid, T tiles of one kind, n queries of a tile, m keys of a tile, H heads, D head dim
@@ -16,7 +17,7 @@ from localdit.models.attention import attend
 # Queries of so many rows and columns share the keys around them; larger tiles have fewer, but more masked, keys.
 TILE = 8
 
-BACKENDS = ("tiles", "flex")
+BACKENDS = ("tiles", "flex", "natten")
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,13 @@ class SlidingWindowAttnProcessor(TokenMixer):
         dilation: step between the tokens of the square (arXiv 2209.15001), at least 1.
         relative_position_bias: whether to learn a bias per head and offset inside the square.
         backend: "tiles", dense attention inside tiles of queries, through any of diffusers' attention backends; "flex",
-            torch's FlexAttention, for CUDA above all (on a CPU in inference only).
+            torch's FlexAttention, for CUDA above all (on a CPU in inference only); "natten", the package of that name,
+            without a bias (on a CPU in inference only, and where a side of the grid is shorter than
+            `kernel_size * dilation` the tiles take over). All give the same.
 
     Raises:
-        ValueError: for a size or step out of range, or an unknown backend.
+        ValueError: for a size or step out of range, an unknown backend, or a bias that the backend does not know.
+        ImportError: for a backend whose package is missing.
     """
 
     def __init__(
@@ -143,6 +147,8 @@ class SlidingWindowAttnProcessor(TokenMixer):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is not known; choose among {list(BACKENDS)}.")
+        if backend == "natten":
+            check_natten(relative_position_bias)
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.backend = backend
@@ -154,10 +160,13 @@ class SlidingWindowAttnProcessor(TokenMixer):
             self.relative_position_bias_table = None
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        # torch has no backward of FlexAttention on a CPU, so training there takes the tiles, which give the same
-        if self.backend == "flex" and not (query.device.type == "cpu" and torch.is_grad_enabled()):
-            bias = self.relative_position_bias_table
-            return attend_by_flex(query, key, value, grid, self.kernel_size, self.dilation, bias)
+        square = (grid, self.kernel_size, self.dilation)
+        # torch has no backward of FlexAttention on a CPU, where NATTEN uses it too; the tiles give the same
+        forward_only = query.device.type == "cpu" and torch.is_grad_enabled()
+        if self.backend == "flex" and not forward_only:
+            return attend_by_flex(query, key, value, *square, self.relative_position_bias_table)
+        if self.backend == "natten" and natten_takes(*square) and not forward_only:
+            return attend_by_natten(query, key, value, *square)
         # neither a graph nor a fake tensor may leave its own tiles to others
         cacheable = type(query) is torch.Tensor and not torch.compiler.is_compiling()
         tiles_of = cached_tiles if cacheable else build_tiles

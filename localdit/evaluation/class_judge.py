@@ -1,10 +1,9 @@
-"""Scores of class-conditional digits: accuracy by an independent classifier, distance, precision, recall, diversity."""
+"""Scores of pictures of classes: accuracy by an independent classifier, distance, precision, recall, diversity."""
 
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import sqrtm
-from sklearn.neighbors import NearestNeighbors
+from scipy.spatial.distance import cdist, pdist
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 
@@ -13,16 +12,16 @@ from localdit.evaluation.intervals import rate_interval
 NEIGHBOURS = 3  # of the manifold estimate, as in arXiv 1904.06991
 
 
-class DigitJudge:
-    """Knows digits from a half of a set that no generator has seen, and compares pictures with that half.
+class ClassJudge:
+    """Knows the classes from a part of a set that no generator has seen, and compares pictures with that part.
 
-    A support vector machine with radial basis functions says which digit a picture shows. Distances are taken in the 64
-    features of a small perceptron, both trained on the judge's half only. They mean something beside those of real
-    pictures only (score the generator's own half).
+    A support vector machine with radial basis functions says which class a picture shows. Distances are taken in the 64
+    features of a small perceptron, both trained on the judge's part only. They mean something beside those of real
+    pictures only (score what the generator was trained on).
 
     Args:
-        images: uint8 or float [N, height, width], the judge's half.
-        labels: [N], which digit each shows.
+        images: uint8, or float in [0, 1], [N, height, width]: the judge's part, small and grey.
+        labels: [N], the class of each.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray):
@@ -38,12 +37,12 @@ class DigitJudge:
         return np.maximum(_flat(images) @ weight + bias, 0)
 
     def score(self, images: np.ndarray, labels: Sequence[int] | np.ndarray) -> dict:
-        """Compare pictures [N, height, width] of the given classes with the judge's half.
+        """Compare pictures [N, height, width] of the given classes with the judge's part.
 
         Returns:
             "accuracy" (with its 95% bootstrap "interval"), the Frechet "distance" of the features, "precision" and
             "recall" (arXiv 1904.06991), and "diversity": the mean distance between two pictures of one class over that
-            of the judge's half, 1 where they vary as much.
+            of the judge's part, 1 where they vary as much.
         """
         right = self.classifier.predict(_flat(images)) == np.asarray(labels)
         features = self.features(images)
@@ -61,33 +60,29 @@ class DigitJudge:
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the Gaussians fitted to two sets of features [N, D]."""
     (mean1, cov1), (mean2, cov2) = ((one.mean(0), np.cov(one, rowvar=False)) for one in (first, second))
-    root = sqrtm(cov1 @ cov2)
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2 - 2 * np.real(root)))
+    # a root's trace is the sum of the roots of the eigenvalues, which the product of two covariances has real and >= 0
+    root_trace = np.sqrt(np.linalg.eigvals(cov1 @ cov2).real.clip(min=0)).sum()
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * root_trace)
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
     """The share of each set [N, D] that lies within a neighbour's distance of the other (arXiv 1904.06991)."""
 
     def covered(points: np.ndarray, manifold: np.ndarray) -> float:
-        radii = NearestNeighbors(n_neighbors=NEIGHBOURS + 1).fit(manifold).kneighbors(manifold)[0][:, -1]
-        distances = np.sqrt(((points[:, None] - manifold[None]) ** 2).sum(-1))
-        return float((distances <= radii).any(1).mean())
+        # the nearest is the point itself, at 0
+        radii = np.partition(cdist(manifold, manifold), NEIGHBOURS, axis=1)[:, NEIGHBOURS]
+        return float((cdist(points, manifold) <= radii).any(1).mean())
 
     return covered(generated, real), covered(real, generated)
 
 
 def spread(features: np.ndarray, labels: np.ndarray) -> float:
     """The mean distance between two pictures of one class, over the classes."""
-    means = []
-    for label in np.unique(labels):
-        own = features[labels == label]
-        distances = np.sqrt(np.maximum(((own[:, None] - own[None]) ** 2).sum(-1), 0))
-        means.append(distances.sum() / max(len(own) * (len(own) - 1), 1))
-    return float(np.mean(means))
+    return float(np.mean([pdist(features[labels == label]).mean() for label in np.unique(labels)]))
 
 
 def _flat(images: np.ndarray) -> np.ndarray:
-    """uint8 or float pictures [N, ...] as rows of numbers in [0, 1]."""
+    """Pictures [N, ...], uint8 or float in [0, 1], as rows of numbers in [-1, 1]."""
     images = np.asarray(images)
-    scale = 255 if images.dtype == np.uint8 else 1
-    return images.reshape(len(images), -1).astype(np.float64) / scale
+    scale = 127.5 if images.dtype == np.uint8 else 0.5
+    return images.reshape(len(images), -1).astype(np.float64) / scale - 1

@@ -1,17 +1,17 @@
-"""The judge of digits: known answers, and a ranking nobody would dispute."""
+"""The judge of classes: known answers, and a ranking nobody would dispute."""
 
 import numpy as np
 import pytest
 
 from localdit.data.labelled_images import load_labelled_images
-from localdit.evaluation.digit_classes import DigitJudge, frechet_distance, precision_recall
+from localdit.evaluation.class_judge import ClassJudge, frechet_distance, precision_recall
 from localdit.evaluation.intervals import rate_interval
 
 
 @pytest.fixture(scope="module")
-def judge() -> DigitJudge:
+def judge() -> ClassJudge:
     images, labels, _ = load_labelled_images("sklearn_digits", "test")
-    return DigitJudge(images, labels)
+    return ClassJudge(images, labels)
 
 
 def test_the_frechet_distance_of_gaussians_is_the_closed_form():
