@@ -1,5 +1,6 @@
 """Sliding-window attention through NATTEN's fused kernels (arXiv 2403.04690), for those who have the package."""
 
+import importlib
 import importlib.util
 
 import torch
@@ -32,7 +33,7 @@ def attend_by_natten(
     dilation: int,
 ) -> torch.Tensor:
     """Attend inside the neighbourhoods of [B, N, H, D]."""
-    from natten import na2d  # pyright: ignore[reportMissingImports]
-
+    # diffusers runs exported code only where whatever it imports by statement is installed
+    na2d = importlib.import_module("natten").na2d
     query, key, value = (states.unflatten(1, grid) for states in (query, key, value))
     return na2d(query, key, value, kernel_size=kernel_size, dilation=dilation).flatten(1, 2)
