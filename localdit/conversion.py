@@ -89,13 +89,13 @@ def _checkpoint_file(path: Path) -> Path:
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, and loading it could run code, so it was not loaded; "
-            "convert it to .safetensors where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({_first_line(error)}); download it anew.") from error
+    except Exception as error:  # flipped bytes fail in as many ways as an unpickler has instructions
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors, and loading it could run code, so it was not loaded; "
+                "convert it to .safetensors where you trust it."
+            ) from error
+        raise ValueError(f"{path} is damaged or no .pt file ({_first_line(error)}); download it anew.") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} is no state dict (names to tensors); save model.state_dict() instead.")
     return dict(content)
@@ -236,7 +236,11 @@ def untold_by_shapes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_releasable(config: Mapping[str, Any]) -> None:
     """Raise a ValueError that names the first setting of a model that the released architecture does not have."""
-    window = dict((config["mixer_options"] or {}).get("window", {}))
+    window = (config["mixer_options"] or {}).get("window", {})
+    if isinstance(window, list):
+        raise ValueError(
+            f"mixer_options={config['mixer_options']!r} differ by layer, which the released format has not."
+        )
     size = window.get("window_size", 4)
     wanted = {
         "attention_residual": True,
@@ -247,6 +251,8 @@ def check_releasable(config: Mapping[str, Any]) -> None:
         "attention_bias": True,
         "activation_fn": "gelu-approximate",
         "num_classes": None,
+        "feed_forward": "mlp",
+        "mlp_ratio": 4.0,
     }
     for name, value in wanted.items():
         if config[name] != value:

@@ -33,7 +33,8 @@ def export(
     images: Mapping[str, Image.Image] | None = None,
     scores: Mapping[str, float | str] | None = None,
     repo_id: str | None = None,
-    **kwargs,
+    variant: str | None = None,
+    max_shard_size: int | str | None = None,
 ) -> Path:
     """Save a pipeline with its code and a model card.
 
@@ -51,13 +52,14 @@ def export(
         images: sample pictures for the card, by their prompts.
         scores: figures for the card, by their names.
         repo_id: what the card's examples load; the folder's name by default.
-        kwargs: for `DiffusionPipeline.save_pretrained`, such as `variant` and `max_shard_size`.
+        variant: in the names of the weights' files, such as "fp16".
+        max_shard_size: of the weights' files, such as "5GB".
 
     Returns:
         the folder.
     """
     folder = Path(folder)
-    pipeline.save_pretrained(folder, **kwargs)
+    pipeline.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
     front_door = importlib.import_module("localdit")  # which alone knows where the pipelines' files are
     write_code(folder, Path(inspect.getfile(front_door.LocalDiTPipeline)).parent)
     write_card(pipeline, folder, repo_id or folder.name, license, images or {}, scores or {})
@@ -90,6 +92,7 @@ def push_to_hub(
     Returns:
         the commit's address.
     """
+    inspect.signature(export).bind(pipeline, "", **kwargs)  # a typing error ends here, before anything is made
     api = huggingface_hub.HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr:

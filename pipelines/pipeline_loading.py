@@ -105,6 +105,11 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
     for name in ("transformer", "scheduler"):
         if name not in {**index, **given}:
             raise ValueError(f"{folder / 'model_index.json'} names no {name}; give a folder of a LocalDiT pipeline.")
+    kind = index["transformer"][1] if "transformer" not in given else None
+    if kind is not None and kind.startswith("PixArt"):
+        raise ValueError(
+            f"{folder} holds a {kind}; use LocalDiTTransformer2DModel.from_pixart; give it as transformer=."
+        )
     for name, entry in index.items():
         if name in CONFIG_FILES and name not in given and isinstance(entry, list) and any(entry):
             _read_json(folder / name / CONFIG_FILES[name])

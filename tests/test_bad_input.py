@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
+from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 
 EMBEDS, MASK = torch.zeros(1, 8, 24), torch.ones(1, 8)
 NAN = float("nan")
@@ -259,6 +259,55 @@ def test_a_damaged_folder_is_named_with_the_file(folder, damage):
     for pipeline_class in (LocalDiTPipeline, LocalDiTImg2ImgPipeline):
         message = refused(lambda cls=pipeline_class: cls.from_pretrained(folder), phrases)
         assert "copy or download the folder anew" in message
+
+
+def rename(folder, old: str, new: str | None):
+    weights = load_file(folder / WEIGHTS)
+    tensor = weights.pop(old)
+    save_file(weights if new is None else {**weights, new: tensor}, folder / WEIGHTS)
+
+
+def reconfigure(folder, **changes):
+    file = folder / "transformer/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+WRONG_WEIGHTS = {
+    "tensor missing": (lambda folder: rename(folder, "scale_shift_table", None), ["lack 1", "(scale_shift_table"]),
+    "tensor renamed": (lambda folder: rename(folder, "proj_out.bias", "bias"), ["lack 1", "hold unknown 1", "(bias"]),
+    "more layers": (lambda folder: reconfigure(folder, num_layers=5), ["lack", "transformer_blocks.2"]),
+    "fewer layers": (lambda folder: reconfigure(folder, num_layers=1), ["hold unknown", "transformer_blocks.1"]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_WEIGHTS)
+def test_weights_that_are_not_the_models_are_no_model(folder, wrong):
+    harm, phrases = WRONG_WEIGHTS[wrong]
+    harm(folder)
+    for load in (LocalDiTPipeline.from_pretrained, diffusers.DiffusionPipeline.from_pretrained):
+        refused(lambda load=load: load(folder), [str(folder / "transformer"), *phrases])
+    refused(lambda: LocalDiTTransformer2DModel.from_pretrained(folder / "transformer"), phrases)
+
+
+def test_a_pixart_folder_is_referred_to_from_pixart(folder, tmp_path):
+    pixart = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=2,
+        sample_size=16,
+        caption_channels=24,
+        cross_attention_dim=24,
+        norm_num_groups=1,
+    )
+    shutil.rmtree(folder / "transformer")
+    pixart.save_pretrained(folder / "transformer")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "PixArtTransformer2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    refused(
+        lambda: LocalDiTPipeline.from_pretrained(folder), ["PixArtTransformer2DModel", "from_pixart", "transformer="]
+    )
+    refused(lambda: LocalDiTTransformer2DModel.from_pretrained(folder / "transformer"), ["from_pixart"])
 
 
 def test_a_folder_of_another_kind_is_refused(folder):

@@ -141,6 +141,16 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(checkpoint, tmp_path):
     assert (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"hello world", b"\x80\x02", b"\x80\x02}q\x00X\x05\x00\x00\x00\xff\xfe\xfd\xfc\xfbq\x01."]
+)
+def test_a_damaged_pickle_is_said_to_be_damaged_and_not_to_run_code(content, tmp_path):
+    file = tmp_path / "LocalDiT.pt"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"LocalDiT\.pt is damaged or no \.pt file .*; download it anew"):
+        LocalDiTTransformer2DModel.from_single_file(file)
+
+
 def test_what_is_no_checkpoint_is_refused_in_one_sentence(checkpoint, checkpoint_file, tmp_path):
     def refused(source, phrase):
         with pytest.raises(ValueError, match=phrase):
@@ -246,6 +256,9 @@ def test_the_published_size_is_that_of_the_release():
         ({"norm_eps": 1e-2}, "norm_eps=0.01"),
         ({"interpolation_scale": 7}, "interpolation_scale=7"),
         ({"mixer_options": {"window": {"shift_schedule": "cyclic", "global_context": 2}}}, "global_context"),
+        ({"mixer_options": {"window": [{"window_size": 4}]}}, "differ by layer"),
+        ({"mlp_ratio": 2.0}, "mlp_ratio=2.0"),
+        ({"feed_forward": "mix_ffn"}, "feed_forward='mix_ffn'"),
     ],
 )
 def test_a_model_that_the_release_cannot_express_is_refused(changes, phrase, checkpoint):

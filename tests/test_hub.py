@@ -290,6 +290,15 @@ def test_a_download_that_breaks_off_is_resumed_or_refused_but_never_half_a_model
     assert len(whole) > len(set(whole)), "and was asked for again"
 
 
+def test_a_misspelt_argument_is_refused_before_anything_is_made(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda **kwargs: pytest.fail("the Hub was called"))
+    with pytest.raises(TypeError, match="privat"):
+        hub.push_to_hub(pipeline, REPO, privat=True)
+    with pytest.raises(TypeError, match="scors"):
+        hub.export(pipeline, tmp_path / "folder", scors={})
+    assert not (tmp_path / "folder").exists()
+
+
 def test_the_bundle_is_one_file_that_imports_nothing_of_ours():
     code = hub.bundle(hub.TRANSFORMER)
     assert code == hub.bundle(hub.TRANSFORMER)

@@ -5,7 +5,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import PixArtTransformer2DModel
+from diffusers.models import attention_dispatch as dispatch
 from torch import nn
 
 from localdit import LocalDiTTransformer2DModel
@@ -273,8 +275,10 @@ def test_with_full_attention_it_is_pixart(sample_size):
         torch.testing.assert_close(output, expected, **NEAR)
 
 
-def test_a_new_model_predicts_zero_and_its_text_is_not_yet_heard():
+def test_with_the_weights_that_training_starts_from_it_predicts_zero_and_hears_no_text_yet():
     model = LocalDiTTransformer2DModel(2, 12, num_layers=2, sample_size=16, **TEXT)
+    assert call(model, **make_inputs(model)).any()
+    model.initialize_weights()
     assert not call(model, **make_inputs(model)).any()
     nn.init.normal_(model.proj_out.weight)
     inputs = make_inputs(model)
@@ -524,6 +528,37 @@ def test_fused_projections_are_the_ones_in_use():
             for projection in (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.cross_attn.to_k):
                 projection.weight.zero_()
         assert torch.equal(call(model, **inputs), expected)
+
+
+@pytest.mark.parametrize("how", ["for the model", "for everything"])
+def test_masks_go_to_a_kernel_that_takes_them(monkeypatch, how):
+    """With a stand-in for flash attention, which refuses masks as the real one does."""
+    masked = []
+
+    def flash(query, key, value, attn_mask=None, **kwargs):
+        masked.append(attn_mask is not None)
+        assert attn_mask is None, "attn_mask is not supported for flash-attn 2"
+        return F.scaled_dot_product_attention(*(states.transpose(1, 2) for states in (query, key, value))).transpose(
+            1, 2
+        )
+
+    model = make_model(**TEXT)
+    inputs = make_inputs(model)
+    expected = call(model, **inputs)
+    flash_name = dispatch.AttentionBackendName.FLASH
+    registry = dispatch._AttentionBackendRegistry
+    monkeypatch.setitem(registry._backends, flash_name, flash)
+    monkeypatch.setitem(registry._supported_arg_names, flash_name, {"query", "key", "value", "attn_mask"})
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
+    monkeypatch.setattr(dispatch, "_check_attention_backend_requirements", lambda backend: None)
+    if how == "for the model":
+        model.set_attention_backend("flash")
+        output = call(model, **inputs)
+    else:
+        with dispatch.attention_backend("flash"):
+            output = call(model, **inputs)
+    assert masked and not any(masked)
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_attention_backend_reaches_every_processor():

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from config import DataConfig, TextEncoderConfig, TrainConfig
+from config import DataConfig, ModelConfig, TextEncoderConfig, TrainConfig
 from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from train.objective import sampling_scheduler
 
@@ -144,14 +144,21 @@ def new_networks(config: TrainConfig, words: list[str]) -> Networks:
     vae = load_vae(config.vae)
     caption_channels = config.model.caption_channels
     if caption_channels is None:
-        return Networks(Denoiser(LocalDiTTransformer2DModel(**vars(config.model)), None), None, vae)
+        return Networks(Denoiser(new_transformer(config.model), None), None, vae)
     tokenizer, text_encoder = text_networks(config.text_encoder, words)
     width = text_encoder.config.d_model
     if caption_channels != width:
         raise ValueError(
             f"model.caption_channels={caption_channels} differs from text_encoder.d_model={width}; make them equal."
         )
-    return Networks(Denoiser(LocalDiTTransformer2DModel(**vars(config.model)), text_encoder), tokenizer, vae)
+    return Networks(Denoiser(new_transformer(config.model), text_encoder), tokenizer, vae)
+
+
+def new_transformer(config: ModelConfig) -> LocalDiTTransformer2DModel:
+    """A transformer to be trained from scratch."""
+    transformer = LocalDiTTransformer2DModel(**vars(config))
+    transformer.initialize_weights()
+    return transformer
 
 
 def text_networks(config: TextEncoderConfig, words: list[str]) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:

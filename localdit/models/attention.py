@@ -5,13 +5,13 @@ from typing import cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import nn
 
 # B batch, N image tokens, L text tokens, H heads, D head dim
 
-# In the names of diffusers' backends that take no mask.
-MASKLESS = ("flash", "sage")
+# diffusers' backends that take no mask
+MASKLESS = tuple(backend for backend in AttentionBackendName if "flash" in backend.value or "sage" in backend.value)
 
 # Up to so many keys, plain matrix products beat torch's fused attention on a CPU in half precision, backward above all.
 SMALL_KEYS = 256
@@ -35,8 +35,10 @@ def attend(
     if half_on_cpu and key.shape[1] <= SMALL_KEYS and processor._attention_backend is None:
         return attend_by_matmul(query, key, value, attention_mask)
     backend = processor._attention_backend
-    if attention_mask is not None and backend is not None and any(name in backend for name in MASKLESS):
-        backend = None  # diffusers' default, since these kernels refuse any mask
+    # a backend can be active for a model, whose processors know it, or for everything
+    active = _AttentionBackendRegistry.get_active_backend()[0] if backend is None else backend
+    if attention_mask is not None and active in MASKLESS:
+        backend = AttentionBackendName.NATIVE  # these kernels refuse any mask
     return dispatch_attention_fn(
         query,
         key,

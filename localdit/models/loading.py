@@ -1,4 +1,4 @@
-"""Loading checkpoints that this library did not write."""
+"""Loading a model whole or not at all, and checkpoints that this library did not write."""
 
 import logging
 import os
@@ -28,8 +28,30 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "
 StateDict = dict[str, torch.Tensor]
 
 
-class ForeignCheckpointsMixin:
-    """`from_single_file` for the released LocalDiT, and `from_pixart`."""
+class LoadingMixin:
+    """`from_pretrained` that takes no half model, `from_single_file` for the released LocalDiT, and `from_pixart`."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """Load a folder or a Hub id as `ModelMixin.from_pretrained` does, with the same arguments.
+
+        Raises:
+            ValueError: where the weights lack a tensor of the model or hold one that it does not know; diffusers would
+                say so in the log alone, and go on.
+        """
+        if kwargs.get("use_flashpack", False):  # which tells nothing of what it loaded
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        problems = {"lack": info["missing_keys"], "hold unknown": info["unexpected_keys"]}
+        told = [f"{verb} {len(names)} tensor(s) ({min(names)}, ...)" for verb, names in problems.items() if names]
+        if told:
+            source = os.fspath(pretrained_model_name_or_path)
+            raise ValueError(
+                f"The weights in {source} {' and '.join(told)}, so they are damaged or "
+                "belong to another config.json; download or save both anew (a PixArt loads by from_pixart)."
+            )
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_single_file(

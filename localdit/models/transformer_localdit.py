@@ -20,7 +20,7 @@ from torch import nn
 from localdit.mixers import MIXERS, check_mixers, options_of_layer
 from localdit.mixers.base import TokenMixer
 from localdit.models.attention import CrossAttnProcessor, LocalDiTAttention
-from localdit.models.loading import ForeignCheckpointsMixin
+from localdit.models.loading import LoadingMixin
 
 # B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
 
@@ -125,7 +125,7 @@ class LocalDiTBlock(nn.Module):
 
 
 class LocalDiTTransformer2DModel(
-    ForeignCheckpointsMixin,
+    LoadingMixin,
     ModelMixin,
     ConfigMixin,
     AttentionMixin,
@@ -263,10 +263,9 @@ class LocalDiTTransformer2DModel(
         self.norm_out = nn.LayerNorm(dim, eps=norm_eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
-        self._initialize_weights()
 
-    def _initialize_weights(self) -> None:
-        # PixArt's initialisation: each block starts close to the identity, and the model's output at zero.
+    def initialize_weights(self) -> None:
+        """Draw the weights anew as PixArt's training does: text is not heard yet, and the output is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
