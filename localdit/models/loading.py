@@ -32,7 +32,7 @@ class LoadingMixin:
     """`from_pretrained` that takes no half model, `from_single_file` for the released LocalDiT, and `from_pixart`."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """Load a folder or a Hub id as `ModelMixin.from_pretrained` does, with the same arguments.
 
         Raises:
