@@ -29,7 +29,10 @@ logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(lambda record:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors `run` prints, in one line like all others."""
+    """An argument parser that wants options in full, and whose errors `run` prints, in one line like all others."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see --help.")

@@ -76,6 +76,7 @@ class LocalDiTPipelineMixin:
     def initialize(self, call_defaults: dict[str, Any] | None) -> None:
         """Derive from the registered components what every call needs, and register the call defaults."""
         self.register_to_config(call_defaults=checked_call_defaults(call_defaults))
+        self._interrupt = False
         vae = getattr(self, "vae", None)
         check_widths(self.transformer, getattr(self, "text_encoder", None), vae)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
@@ -197,7 +198,7 @@ class LocalDiTPipelineMixin:
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
         )
-        lengths = [len(ids) for ids in self.tokenizer(texts).input_ids]
+        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
         for text, length in zip(texts, lengths, strict=True):
             if length > max_sequence_length:
                 logger.warning(f"Only the first {max_sequence_length} of {length} tokens are used of {text!r}.")

@@ -44,9 +44,16 @@ class LocalDiTLoadingMixin:
     @classmethod
     def from_pipe(cls, pipeline, **kwargs: Any):
         """Make this pipeline of another's components, as `DiffusionPipeline.from_pipe` does, in their own precision."""
-        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            kwargs["dtype"] = pipeline.dtype
-        return super().from_pipe(pipeline, **kwargs)
+        if kwargs.get("dtype") is not None or kwargs.get("torch_dtype") is not None:
+            return super().from_pipe(pipeline, **kwargs)
+        parts: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        dtypes = [part.dtype for part in parts]
+        # it casts everything to one precision; through fp32 the others come back to the bit
+        made = super().from_pipe(pipeline, **kwargs, dtype=dtypes[0] if len(set(dtypes)) == 1 else torch.float32)
+        for part, dtype in zip(parts, dtypes, strict=True):
+            if part.dtype != dtype:
+                part.to(dtype)
+        return made
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Save as `DiffusionPipeline.save_pretrained` does, so that the folder loads wherever this pipeline did.
@@ -95,7 +102,9 @@ def check_source(source: str, given: dict[str, Any]) -> None:
 def _may_be_hub_id(source: str) -> bool:
     """Whether `source` reads as "name" or "owner/name", where owner is no folder here."""
     owner, _, name = source.rpartition("/")
-    plain = all(part and not part.startswith((".", "~")) for part in (owner or name, name))
+    plain = not source.startswith("/") and all(
+        part and not part.startswith((".", "~")) for part in (owner or name, name)
+    )
     return plain and not any(character in owner + name for character in "/\\:") and not (owner and os.path.isdir(owner))
 
 

@@ -148,6 +148,7 @@ def refused(result, program, phrases):
         (["--seed", "-1"], ["--seed=-1", "[0, 2**32)"]),
         (["--seed", "x"], ["--seed", "'x'", "--help"]),
         (["--sede", "1"], ["--sede", "--help"]),
+        (["--num_im", "2"], ["--num_im", "--help"]),
         (["--height", "17"], ["height=17", "16 and 18"]),
         (["--width", "0"], ["width=0", "2 and 4"]),
         (["--num_inference_steps", "0"], ["num_inference_steps=0", "at least 1"]),

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from localdit import LocalDiTTransformer2DModel
 from localdit.conversion import check_releasable, from_released, read_state_dict, to_released, write_state_dict
 from localdit.convert import main as convert
+from localdit.models import loading
 from tests.released_reference import CAPTION, HEAD_DIM, HEADS, ReleasedAttention, inputs, released_model
 
 
@@ -300,3 +301,27 @@ def test_the_command_line_goes_there_and_back(checkpoint, checkpoint_file, tmp_p
         convert(["to-diffusers", str(checkpoint_file), str(tmp_path / "folder")])
     with pytest.raises(ValueError, match="--config 'oops' is no JSON"):
         convert(["to-diffusers", str(checkpoint_file), str(tmp_path / "other"), "--config", "oops"])
+
+
+@pytest.mark.parametrize(
+    ("link", "revision"),
+    [
+        ("https://huggingface.co/me/it/blob/main/sub/x.safetensors", "main"),
+        ("https://huggingface.co/me/it/resolve/main/sub/x.safetensors?download=true", "main"),
+        ("https://hf.co/me/it/blob/v1/sub/x.safetensors", "v1"),
+    ],
+)
+def test_a_link_to_the_hub_is_read_as_a_browser_gives_it(link, revision, checkpoint, checkpoint_file, monkeypatch):
+    asked = []
+
+    def get(repo_id, **where):
+        asked.append((repo_id, where))
+        return str(checkpoint_file)
+
+    monkeypatch.setattr(loading, "_get_model_file", get)
+    assert same_weights(LocalDiTTransformer2DModel.from_single_file(link), checkpoint)
+    LocalDiTTransformer2DModel.from_single_file(link, revision="mine", token="t")
+    told = {"weights_name": "sub/x.safetensors", "revision": revision}
+    assert asked == [("me/it", told), ("me/it", {**told, "revision": "mine", "token": "t"})]
+    with pytest.raises(ValueError, match="links to no file"):
+        LocalDiTTransformer2DModel.from_single_file("https://huggingface.co/me/it")

@@ -420,6 +420,16 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     assert names == ["step-00000005", "step-00000006"]
 
 
+def test_an_older_checkpoint_is_continued_elsewhere_so_that_nothing_newer_is_lost(tmp_path):
+    Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=3)).train()
+    older = str(tmp_path / "checkpoints" / "step-00000004")
+    with pytest.raises(ValueError, match="is older than step-00000006 beside it.*another --output_dir"):
+        Trainer(tiny_config(tmp_path, resume=older))
+    elsewhere = tiny_config(tmp_path / "other", resume=older, max_steps=5, keep_checkpoints=1)
+    Trainer(elsewhere).train()
+    assert [path.name for path in (tmp_path / "other" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
 @pytest.mark.parametrize(
     ("changes", "phrase"),
     [
@@ -474,7 +484,13 @@ def test_every_recipe_is_a_valid_config(recipe):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--no_such_key", "1"], ["--max_steps", "many"], ["--objective.process", "magic"], ["--config", "nowhere.yaml"]],
+    [
+        ["--no_such_key", "1"],
+        ["--max_step", "3"],
+        ["--max_steps", "many"],
+        ["--objective.process", "magic"],
+        ["--config", "nowhere.yaml"],
+    ],
 )
 def test_a_wrong_command_line_ends_with_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -24,7 +24,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         (partial / STATE).write_text(json.dumps({"step": step}))
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
-        for old in list_checkpoints(folder)[:-keep]:
+        others = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint != target]
+        for old in others[: len(others) - (keep - 1)]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
@@ -45,6 +46,18 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
     if not checkpoints:
         raise ValueError(f"resume='latest', but {folder} holds no checkpoint; drop resume to start anew.")
     return checkpoints[-1]
+
+
+def check_newest(resume: Path | None, folder: Path) -> None:
+    """Raise a ValueError where a run's own folder holds checkpoints newer than the one that it is resumed from."""
+    if resume is None or resume.resolve().parent != folder.resolve():
+        return
+    newest = list_checkpoints(folder)[-1]
+    if newest.name > resume.name:
+        raise ValueError(
+            f"resume={str(resume)!r} is older than {newest.name} beside it, which the next resume='latest' would take; "
+            "remove what is newer, or choose another --output_dir."
+        )
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:

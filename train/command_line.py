@@ -11,7 +11,7 @@ Config = TypeVar("Config")
 
 def parse(config_class: type[Config], program: str, arguments: list[str] | None = None) -> Config:
     """Read recipes and overrides into a config; what does not fit it ends the program with exit code 2."""
-    parser = ArgumentParser(prog=program)
+    parser = ArgumentParser(prog=program, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="a recipe; may be given several times, later ones win")
     parser.add_class_arguments(config_class, sub_configs=True)
     namespace = parser.parse_args(arguments)

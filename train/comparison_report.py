@@ -94,7 +94,7 @@ def insert(page: Path, name: str, content: str) -> None:
     Raises:
         ValueError: where the page has no such comments.
     """
-    text = page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     if begin not in text or end not in text:
         raise ValueError(f"{page} has no lines {begin} and {end} for the table to go between; add them.")
@@ -105,7 +105,7 @@ def insert(page: Path, name: str, content: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m train.comparison_report", description=__doc__)
     parser.add_argument("scores", type=Path, help="what train.compare_mixers wrote; its folder's name names the table")
-    parser.add_argument("--page", type=Path, default=Path("docs/comparison.md"), help="where the table goes")
+    parser.add_argument("--page", type=Path, required=True, help="where the table goes, between two comments")
     arguments = parser.parse_args()
     runs = read(arguments.scores)
     name = arguments.scores.parent.name

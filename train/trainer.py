@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from config import OptimizerConfig, TrainConfig
 from localdit.mixers.base import TokenMixer
-from train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from train.checkpoint import check_newest, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import Denoiser, build_networks, check_networks, model_settings
 from train.data import MicroStepSampler, build_loader
 from train.datasets import Condition, DigitScenes, ImageFolder, build_dataset
@@ -37,6 +37,7 @@ class Trainer:
         self.objective = Objective(config.objective)
         dataset = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
         resume = find_checkpoint(config.resume, self.output_dir / "checkpoints") if config.resume else None
+        check_newest(resume, self.output_dir / "checkpoints")
         if resume is None and (found := list_checkpoints(self.output_dir / "checkpoints")):
             raise ValueError(
                 f"{config.output_dir} holds checkpoints of another run ({found[-1].name}); continue it with --resume "

@@ -2,11 +2,11 @@
 
 import logging
 import os
+import re
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from diffusers.loaders.single_file_utils import _extract_repo_id_and_weights_name
 from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils.hub_utils import _get_model_file
 
@@ -24,6 +24,12 @@ from localdit.conversion import (
 logger = logging.getLogger(__name__)
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+
+# what a browser shows, and what its download button gives
+HUB_LINK = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repo_id>[^/]+/[^/]+)/(?:blob|resolve)/(?P<revision>[^/]+)/"
+    r"(?P<file>[^?#]+)"
+)
 
 StateDict = dict[str, torch.Tensor]
 
@@ -109,7 +115,7 @@ class LoadingMixin:
             settings = infer_released_config(state_dict) if not described else {}
             state_dict, dead = from_released(state_dict, global_branch)
             parameters = sum(tensor.numel() for tensor in dead.values())
-            logger.info("%s: dropped %d tensors (%d parameters) that nothing reads.", source, len(dead), parameters)
+            logger.warning("%s: dropped %d tensors (%d parameters) that nothing reads.", source, len(dead), parameters)
         elif config is None:
             raise ValueError(
                 f"{source} is no released LocalDiT (it has no transformer_blocks.0.attn1.to_qkv.weight); load a folder "
@@ -172,11 +178,12 @@ def _local_path(link_or_path: str, **kwargs: Any) -> str:
     """The path of a checkpoint, which a link to the Hub is downloaded for."""
     if "://" not in link_or_path:
         return link_or_path
-    repo_id, weights_name = _extract_repo_id_and_weights_name(link_or_path)
-    if not isinstance(repo_id, str) or weights_name is None:
+    link = HUB_LINK.match(link_or_path)
+    if link is None:
         raise ValueError(f"{link_or_path!r} links to no file; give https://huggingface.co/OWNER/NAME/blob/main/FILE.")
     try:
-        return _get_model_file(repo_id, weights_name=weights_name, **kwargs)
+        where = {"weights_name": link["file"], "revision": link["revision"], **kwargs}
+        return _get_model_file(link["repo_id"], **where)
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{link_or_path!r} cannot be had from the Hub ({reason}); check the link.") from error
