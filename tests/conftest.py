@@ -18,7 +18,7 @@ def fixed_seed():
 
 
 def make_transformer(**changes) -> LocalDiTTransformer2DModel:
-    """A small text-conditioned pixel transformer whose output is not zero, as it is at initialisation."""
+    """A small text-conditioned pixel transformer, drawn as for training but for an output that is not zero."""
     config = {
         "num_attention_heads": 2,
         "attention_head_dim": 12,
@@ -30,6 +30,7 @@ def make_transformer(**changes) -> LocalDiTTransformer2DModel:
         "mixer_options": {"window": {"window_size": 3, "global_context": 2}},
     }
     transformer = LocalDiTTransformer2DModel(**{**config, **changes})
+    transformer.initialize_weights()
     for parameter in transformer.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
