@@ -6,6 +6,8 @@ from typing import TypeVar
 
 from jsonargparse import ArgumentParser
 
+from localdit.command_line import INTERRUPTED
+
 Config = TypeVar("Config")
 
 
@@ -23,6 +25,9 @@ def run(program: str, main: Callable[[], None]) -> None:
     """Run a command line; what cannot work ends it with one sentence and exit code 2."""
     try:
         main()
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
-        print(f"{program}: {error}", file=sys.stderr)
+    except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; --resume latest continues from the last checkpoint.", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None

@@ -1,8 +1,10 @@
 """Loading a model whole or not at all, and checkpoints that this library did not write."""
 
+import difflib
 import logging
 import os
 import re
+import reprlib
 from typing import Any
 
 import torch
@@ -58,6 +60,19 @@ class LoadingMixin:
                 "belong to another config.json; download or save both anew (a PixArt loads by from_pixart)."
             )
         return (model, info) if wants_info else model
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `ConfigMixin` does, but that a setting it does not know, such as a misspelt one, is an error."""
+        known = cls._get_init_keys(cls) - {"self"}
+        unknown = {name for name in config_dict if not name.startswith("_")} - known - {"quantization_config"}
+        if unknown:
+            near = sorted({match for name in unknown for match in difflib.get_close_matches(name, known, n=1)})
+            raise ValueError(
+                f"config.json has unknown setting(s) {reprlib.repr(sorted(unknown))}; the nearest that this model knows: "
+                f"{near}; correct or remove them (a PixArt loads by from_pixart)."
+            )
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
     def from_single_file(
