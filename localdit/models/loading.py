@@ -69,8 +69,8 @@ class LoadingMixin:
         if unknown:
             near = sorted({match for name in unknown for match in difflib.get_close_matches(name, known, n=1)})
             raise ValueError(
-                f"config.json has unknown setting(s) {reprlib.repr(sorted(unknown))}; the nearest that this model knows: "
-                f"{near}; correct or remove them (a PixArt loads by from_pixart)."
+                f"config.json has unknown setting(s) {reprlib.repr(sorted(unknown))}, this model's nearest are {near}; "
+                "correct or remove them (a PixArt loads by from_pixart)."
             )
         return super().extract_init_dict(config_dict, **kwargs)
 
