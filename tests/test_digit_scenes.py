@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from localdit import command_line
 from localdit.data.digit_scenes import (
     BACKGROUNDS,
     CANVAS,
@@ -38,6 +39,7 @@ from localdit.evaluation.digit_scenes import (
     score_readings,
     train_reader,
 )
+from train import score_digit_scenes
 
 GLYPHS = [Glyph(colour, digit) for colour in COLOURS for digit in range(10)]
 RED_SEVEN, BLUE_THREE = Glyph("red", 7), Glyph("blue", 3)
@@ -398,3 +400,19 @@ def test_bad_folders_are_refused_in_a_sentence(reader, tmp_path):
     with pytest.raises(ValueError, match="does not hold the weights"):
         (tmp_path / "other.safetensors").write_bytes(b"nonsense")
         load_reader(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["--reader", "nowhere"], "no reader at nowhere"),
+        (["--reader", "nowhere", "--prompts", "0"], "--prompts 0 leaves nothing to score"),
+        (["--prompts", "5"], "required: --reader"),
+    ],
+)
+def test_a_wrong_call_of_the_scoring_program_is_refused_in_one_line(arguments, phrase, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["score", *arguments])
+    with pytest.raises(SystemExit) as end:
+        command_line.run("score", score_digit_scenes.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and phrase in error and len(error.splitlines()) == 1

@@ -1,6 +1,5 @@
 """Scores a digit-scenes pipeline on fresh prompts: python -m train.score_digit_scenes --reader FILE."""
 
-import argparse
 import json
 import math
 from dataclasses import replace
@@ -10,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
-from localdit.command_line import PRETRAINED, best_device
+from localdit.command_line import PRETRAINED, Parser, best_device, load_pipeline, run
 from localdit.data.digit_scenes import COLOURS, Scene, render, sample_scene
 from localdit.evaluation.digit_reader import DigitSceneReader
 from localdit.evaluation.digit_scenes import load_reader, score
@@ -73,7 +72,7 @@ def score_image_to_image(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(prog="python -m train.score_digit_scenes", description=__doc__)
     parser.add_argument("--pipeline", default=str(PRETRAINED), help="folder; by default the shipped one")
     parser.add_argument("--reader", required=True, help="trained by python -m localdit.evaluation.digit_scenes train")
     parser.add_argument("--prompts", type=int, default=1000, help="prompts of each kind")
@@ -83,8 +82,10 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=0.6)
     arguments = parser.parse_args()
 
+    if arguments.prompts < 1:
+        raise ValueError(f"--prompts {arguments.prompts} leaves nothing to score; give at least 1.")
     reader = load_reader(arguments.reader)
-    pipeline = LocalDiTPipeline.from_pretrained(arguments.pipeline).to(best_device())
+    pipeline = load_pipeline(LocalDiTPipeline, arguments.pipeline, best_device(), "float32")
     pipeline.set_progress_bar_config(disable=True)
     img2img = LocalDiTImg2ImgPipeline.from_pipe(pipeline)
     img2img.set_progress_bar_config(disable=True)
@@ -102,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("train.score_digit_scenes", main)
