@@ -29,5 +29,5 @@ def run(program: str, main: Callable[[], None]) -> None:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"{program}: interrupted; --resume latest continues from the last checkpoint.", file=sys.stderr)
+        print(f"{program}: interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
