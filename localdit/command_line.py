@@ -61,8 +61,12 @@ def check_device(device: str, dtype: str) -> None:
         raise ValueError("--dtype 'float16' is for accelerators; on the CPU choose float32 or bfloat16.")
 
 
-def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | None, device: str, dtype: str):
+def load_pipeline(
+    pipeline_class: type[DiffusionPipeline], model: str | None, device: str, dtype: str, option: str = "--model"
+):
     """Load a pipeline from a folder, a released checkpoint, a Hub id or, for None, the one that ships with the package.
+
+    `option` is what the command line calls it, for the message.
 
     Raises:
         ValueError: where there is no such model, or its folder is damaged; the message says which and what to do.
@@ -78,7 +82,7 @@ def load_pipeline(pipeline_class: type[DiffusionPipeline], model: str | None, de
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, OSError) and not os.path.isdir(source):
             reason = "it is no folder here, and the Hugging Face Hub has no such model or cannot be reached."
-        raise ValueError(f"--model {source!r} cannot be loaded: {shortened(reason)}") from error
+        raise ValueError(f"{option} {source!r} cannot be loaded: {shortened(reason)}") from error
     pipeline.set_progress_bar_config(disable=None)  # None shows the bar on a terminal and nowhere else
     return pipeline.to(device)
 

@@ -85,7 +85,7 @@ def main() -> None:
     if arguments.prompts < 1:
         raise ValueError(f"--prompts {arguments.prompts} leaves nothing to score; give at least 1.")
     reader = load_reader(arguments.reader)
-    pipeline = load_pipeline(LocalDiTPipeline, arguments.pipeline, best_device(), "float32")
+    pipeline = load_pipeline(LocalDiTPipeline, arguments.pipeline, best_device(), "float32", option="--pipeline")
     pipeline.set_progress_bar_config(disable=True)
     img2img = LocalDiTImg2ImgPipeline.from_pipe(pipeline)
     img2img.set_progress_bar_config(disable=True)
