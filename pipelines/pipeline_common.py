@@ -44,6 +44,8 @@ ASPECT_RATIOS = ("height/width", "width/height")  # PixArt's, and the released L
 
 def checked_call_defaults(call_defaults: dict[str, Any] | None) -> dict[str, Any]:
     """Return `call_defaults`, or raise a ValueError that names what it may not hold."""
+    if not isinstance(call_defaults, dict | None):
+        raise ValueError(f"call_defaults={call_defaults!r} is no dict; it may hold {sorted(STANDARD_CALL)}.")
     call_defaults = dict(call_defaults or {})
     unknown = sorted(set(call_defaults) - set(STANDARD_CALL))
     if unknown:
@@ -85,6 +87,8 @@ class LocalDiTPipelineMixin:
 
     def begin(self, guidance_scale: float, attention_kwargs: dict[str, Any] | None) -> torch.device:
         """Note what a call's properties tell from now on; returns the device that it runs on."""
+        if not isinstance(attention_kwargs, dict | None):
+            raise TypeError(f"attention_kwargs={attention_kwargs!r} is no dict; give one, such as {{'scale': 0.5}}.")
         self._guidance_scale = guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
@@ -155,7 +159,7 @@ class LocalDiTPipelineMixin:
             device: where to; None for the pipeline's device.
             prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask: what was
                 encoded before, [B, L, caption_channels] and [B, L]; used instead of encoding.
-            max_sequence_length: L; None for the folder's default.
+            max_sequence_length: L; None for the folder's default. A text beside embeddings is encoded to their L.
 
         Returns:
             prompt_embeds [B * num_images_per_prompt, L, caption_channels], prompt_attention_mask [..., L] and the
@@ -163,6 +167,8 @@ class LocalDiTPipelineMixin:
         """
         device = device or self._execution_device
         max_sequence_length = self.call_default("max_sequence_length", max_sequence_length)
+        if negative_prompt_embeds is not None and do_classifier_free_guidance:
+            max_sequence_length = negative_prompt_embeds.shape[1]
         if prompt_embeds is None or prompt_attention_mask is None:
             texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
             prompt_embeds, prompt_attention_mask = self._encode_texts(texts, max_sequence_length, device)
@@ -299,6 +305,11 @@ class LocalDiTPipelineMixin:
                 if xla is not None:
                     xla.mark_step()
         self._current_timestep = None
+        if not torch.isfinite(latents).all():
+            raise ValueError(
+                f"The latents are NaN or infinite after sampling with {type(self.scheduler).__name__} in "
+                f"{latents.dtype}; sample in torch.float32 or torch.bfloat16, or load weights that are not damaged."
+            )
         return latents
 
     def predict(

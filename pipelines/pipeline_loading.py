@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 
 CONFIG_FILES = {  # of each component
@@ -126,6 +127,8 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
                 _read_json(file)
             if name in MODELS:
                 _check_weights(folder / name)
+            if name == "text_encoder":
+                _check_text_encoder(folder / name, entry[1])
 
 
 def _check_weights(folder: Path) -> None:
@@ -142,6 +145,24 @@ def _check_weights(folder: Path) -> None:
                 pass
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{file} is damaged ({error}); {WAY_OUT}.") from error
+
+
+def _check_text_encoder(folder: Path, class_name: str) -> None:
+    """Raise where a tensor is missing, which transformers would draw at random with a warning in the log."""
+    text_encoder: Any = getattr(transformers, class_name, None)
+    files = list(folder.glob("*.safetensors"))
+    if text_encoder is None or not files:
+        return
+    held: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            held |= set(tensors.keys())
+    with torch.device("meta"):
+        model = text_encoder(text_encoder.config_class.from_pretrained(folder))
+    held |= {own for other, own in (model.all_tied_weights_keys or {}).items() if other in held}
+    missing = sorted(dict(model.named_parameters()).keys() - held)
+    if missing:
+        raise ValueError(f"The weights of {folder} lack {len(missing)} tensor(s) ({missing[0]}, ...); {WAY_OUT}.")
 
 
 def _read_json(file: Path) -> dict:

@@ -1,8 +1,10 @@
 """Tiny real components that the tests share."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from PIL import Image
 
 from config import TextEncoderConfig
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
@@ -111,4 +113,17 @@ def model_folder(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
     LocalDiTPipeline(**make_components()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """Pictures of two classes, with captions."""
+    folder = tmp_path / "pictures"
+    for index, name in enumerate(("cat", "dog")):
+        (folder / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.full((70 + number, 90, 3), 100 * index + 20 * number, dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+            (folder / name / f"{number}.txt").write_text(f"A {name}, number {number}.")
     return folder

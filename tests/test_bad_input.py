@@ -53,6 +53,7 @@ PROMPTS = [
         ["either negative_prompt or negative_prompt_embeds"],
     ),
     ({"prompt_attention_mask": MASK}, ["prompt_embeds and prompt_attention_mask together"]),
+    ({"attention_kwargs": 0.5}, ["attention_kwargs=0.5", "no dict"]),
     ({"max_sequence_length": 0}, ["max_sequence_length=0", "at least 1"]),
     ({"max_sequence_length": 2.5}, ["max_sequence_length=2.5", "whole number"]),
 ]
@@ -94,6 +95,7 @@ SAMPLING = [
     ({"timesteps": [999]}, ["DPMSolverMultistepScheduler", "leave timesteps out", "FlowMatchEuler"]),
     ({"output_type": "jpeg"}, ["output_type='jpeg'", "'pil', 'np', 'pt' or 'latent'"]),
     ({"callback_on_step_end": 3}, ["callback_on_step_end=3", "function"]),
+    ({"callback_on_step_end_tensor_inputs": "latents"}, ["='latents' is a str", "a list"]),
     ({"callback_on_step_end_tensor_inputs": ["noise"]}, ["['noise']", "latents"]),
     ({"generator": 0}, ["generator", "0 of type int", "torch.Generator()"]),
     ({"generator": [GENERATOR, None]}, ["generator", "None of type NoneType"]),
@@ -207,6 +209,42 @@ def test_components_of_different_models_are_refused(make_pipeline, tiny_transfor
     refused(lambda: make_pipeline(vae=latent_components["vae"]), ["4 channels", "in_channels=3"])
 
 
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_a_sampler_that_would_pass_over_flow_sigmas_is_refused(idle, name):
+    for pipe in (idle[0], idle[1].__closure__[0].cell_contents):
+        pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    for pipe in idle:
+        refused(lambda pipe=pipe: pipe("red"), [name, "no use_flow_sigmas", "DPMSolverMultistepScheduler"])
+
+
+def test_a_flow_sampler_of_second_order_is_refused_for_predicted_pictures(pipeline):
+    config = {"prediction_type": "sample"}
+    pipeline.scheduler = diffusers.FlowMatchHeunDiscreteScheduler.from_config(config)
+    refused(lambda: pipeline("red"), ["FlowMatchHeunDiscreteScheduler is of order 2", "FlowMatchEuler"])
+    pipeline.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    assert pipeline("red").images
+
+
+def test_weights_that_are_not_numbers_draw_nothing(pipeline):
+    pipeline.transformer.proj_out.bias.data[0] = NAN
+    refused(lambda: pipeline("red"), ["NaN", "DPMSolverMultistepScheduler in torch.float32", "damaged"])
+
+
+def test_a_text_beside_embeddings_is_encoded_to_their_length(pipeline):
+    short = {"max_sequence_length": 5}
+    embeds, mask, _, _ = pipeline.encode_prompt("blue", do_classifier_free_guidance=False, **short)
+    negative = {"negative_prompt_embeds": embeds, "negative_prompt_attention_mask": mask}
+    given = pipeline("red", **negative, generator=torch.Generator().manual_seed(0), output_type="np").images
+    texts = pipeline(
+        "red", negative_prompt="blue", **short, generator=torch.Generator().manual_seed(0), output_type="np"
+    ).images
+    np.testing.assert_allclose(given, texts, atol=1e-5)
+
+
+def test_call_defaults_that_are_no_dict_are_refused(make_pipeline):
+    refused(lambda: make_pipeline(call_defaults="abc"), ["call_defaults='abc' is no dict", "num_inference_steps"])
+
+
 def test_unknown_call_defaults_are_refused(make_pipeline):
     refused(lambda: make_pipeline(call_defaults={"steps": 3}), ["['steps']", "num_inference_steps"])
 
@@ -234,6 +272,14 @@ def shard_without_the_second(folder):
 
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def rename(folder, old: str, new: str | None, file: str = WEIGHTS):
+    weights = load_file(folder / file)
+    tensor = weights.pop(old)
+    save_file(weights if new is None else {**weights, new: tensor}, folder / file, metadata={"format": "pt"})
+
+
 DAMAGES = {
     "empty": (lambda folder: [shutil.rmtree(folder), folder.mkdir()], ["model_index.json", "missing"]),
     "index cut": (lambda folder: truncate(folder / "model_index.json"), ["model_index.json", "damaged"]),
@@ -245,6 +291,10 @@ DAMAGES = {
     "shard missing": (shard_without_the_second, ["00002-of-00002.safetensors", "missing"]),
     "no text weights": (lambda folder: (folder / "text_encoder/model.safetensors").unlink(), ["text_encoder"]),
     "text weights cut": (lambda folder: truncate(folder / "text_encoder/model.safetensors"), ["text_encoder"]),
+    "text tensor missing": (
+        lambda folder: rename(folder, "encoder.final_layer_norm.weight", None, "text_encoder/model.safetensors"),
+        ["text_encoder", "lack 1 tensor(s) (encoder.final_layer_norm.weight"],
+    ),
     "no config": (lambda folder: (folder / "transformer/config.json").unlink(), ["transformer/config.json", "missing"]),
     "no component": (lambda folder: shutil.rmtree(folder / "scheduler"), ["scheduler_config.json", "missing"]),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), ["tokenizer_config.json", "missing"]),
@@ -259,12 +309,6 @@ def test_a_damaged_folder_is_named_with_the_file(folder, damage):
     for pipeline_class in (LocalDiTPipeline, LocalDiTImg2ImgPipeline):
         message = refused(lambda cls=pipeline_class: cls.from_pretrained(folder), phrases)
         assert "copy or download the folder anew" in message
-
-
-def rename(folder, old: str, new: str | None):
-    weights = load_file(folder / WEIGHTS)
-    tensor = weights.pop(old)
-    save_file(weights if new is None else {**weights, new: tensor}, folder / WEIGHTS)
 
 
 def reconfigure(folder, **changes):

@@ -98,10 +98,10 @@ def test_nothing_is_overwritten_unless_asked_for(call, tmp_path):
 def test_a_grid_has_a_row_for_each_prompt(call):
     code, out, _ = call("infer_t2i", "--num_images", 3, "--seed", 5, "--grid", prompt=["red", "blue"])
     assert code == 0 and out == "output/t2i.png (seed 5)\n"
-    assert Image.open("output/t2i.png").size == (48, 32)
+    assert Image.open("output/t2i.png").size == (3 * 18, 2 * 18)
     assert settings("output/t2i.png")["prompt"] == ["red", "blue"]
     call("infer_t2i", "--seed", 9, "--output", "alone.png", prompt=["blue"])
-    assert abs(pixels("output/t2i.png")[16:, 16:32] - pixels("alone.png")).max() <= 1
+    assert abs(pixels("output/t2i.png")[19:35, 19:35] - pixels("alone.png")).max() <= 1
 
 
 def test_image_to_image_starts_from_a_picture(call, picture):
@@ -115,8 +115,8 @@ def test_image_to_image_starts_from_a_picture(call, picture):
 
 def test_a_grid_of_image_to_image_begins_with_the_picture(call, picture):
     call("infer_i2i", "--image", picture, "--num_images", 2, "--grid")
-    assert Image.open("output/i2i.png").size == (48, 16)
-    assert np.array_equal(pixels("output/i2i.png")[:, :16], pixels(picture))
+    assert Image.open("output/i2i.png").size == (3 * 18, 18)
+    assert np.array_equal(pixels("output/i2i.png")[1:17, 1:17], pixels(picture))
 
 
 def test_size_and_precision_can_be_chosen(call):
@@ -144,8 +144,8 @@ def refused(result, program, phrases):
 @pytest.mark.parametrize(
     ("arguments", "phrases"),
     [
-        (["--num_images", "0"], ["--num_images=0", "at least 1"]),
-        (["--seed", "-1"], ["--seed=-1", "[0, 2**32)"]),
+        (["--num_images", "0"], ["--num_images", "'0'", "at least 1"]),
+        (["--seed", "-1"], ["--seed", "'-1'", "[0, 2**32)"]),
         (["--seed", "x"], ["--seed", "'x'", "--help"]),
         (["--sede", "1"], ["--sede", "--help"]),
         (["--num_im", "2"], ["--num_im", "--help"]),
@@ -159,7 +159,8 @@ def refused(result, program, phrases):
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
         (["--output", "a.jpg"], ["'a.jpg'", ".png"]),
         (["--output", "file/a.png"], ["'file/a.png'", "choose another"]),
-        (["--output", "folder.png", "--overwrite"], ["'folder.png'", "cannot be written"]),
+        (["--num_images", "1001"], ["--num_images=1001", "1000 at most"]),
+        (["--output", "folder.png", "--overwrite"], ["'folder.png'", "cannot be written", "is a folder"]),
         (["--model", "./nowhere"], ["--model './nowhere'", "does not exist"]),
         (["--model", "file"], ["--model 'file'", "is no checkpoint"]),
         (["--model", "empty"], ["--model 'empty'", "empty/model_index.json is missing"]),

@@ -395,7 +395,7 @@ def test_bad_folders_are_refused_in_a_sentence(reader, tmp_path):
     write_folder(tmp_path, ["a photo of a cat"])
     with pytest.raises(ValueError, match="'a photo of a cat' is neither"):
         score_folder(reader, tmp_path)
-    with pytest.raises(SystemExit, match="There is no reader at"):
+    with pytest.raises(FileNotFoundError, match="There is no reader at"):
         main(["score", "--images", str(tmp_path), "--reader", str(tmp_path / "missing.safetensors")])
     with pytest.raises(ValueError, match="does not hold the weights"):
         (tmp_path / "other.safetensors").write_bytes(b"nonsense")
@@ -405,8 +405,26 @@ def test_bad_folders_are_refused_in_a_sentence(reader, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "phrase"),
     [
+        (["check", "--reader", "nowhere"], "no reader at nowhere"),
+        (["check", "--reader", "nowhere", "--scenes", "0"], "--scenes: '0' is not a whole number of at least 1"),
+        (["train", "--output", "reader.safetensors", "--seed", "-1"], "--seed: '-1' is not a whole number in"),
+        (["train", "--output", "pyproject.toml"], "pyproject.toml exists; remove it, or choose another"),
+        (["score", "--images", "tests"], "required: --reader"),
+        ([], "required: command"),
+    ],
+)
+def test_a_wrong_call_of_the_readers_program_is_refused_in_one_line(arguments, phrase, capsys):
+    with pytest.raises(SystemExit) as end:
+        command_line.run("digit_scenes", lambda: main(arguments))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and phrase in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
         (["--reader", "nowhere"], "no reader at nowhere"),
-        (["--reader", "nowhere", "--prompts", "0"], "--prompts 0 leaves nothing to score"),
+        (["--reader", "nowhere", "--prompts", "0"], "--prompts: '0' is not a whole number of at least 1"),
         (["--prompts", "5"], "required: --reader"),
     ],
 )

@@ -474,7 +474,7 @@ WINDOW = {"num_attention_heads": 2, "attention_head_dim": 8, "layer": 0, "rope_t
         ({"shift_schedule": 2}, ["2", "'swin'", "'cyclic'", "'none'"]),
         ({"shift_schedule": (4,), "window_size": 4}, ["shift 4", "[0, 4)"]),
         ({"shift_schedule": (-1,), "window_size": 4}, ["shift -1", "[0, 4)"]),
-        ({"global_context": -1}, ["global_context=-1", "0 for none"]),
+        ({"global_context": -1}, ["global_context=-1", "at least 0"]),
         ({"attention_head_dim": 6}, ["attention_head_dim=6", "multiple of 4", "rope_theta=None"]),
     ],
     ids=str,

@@ -17,6 +17,9 @@ from config import AutoencoderConfig
 from train.command_line import parse, run
 from train.data import MicroStepSampler, build_loader
 from train.datasets import build_dataset
+from train.settings import check_new_folder, check_ranges
+
+NORM_GROUPS = 8
 
 
 class Reconstruction(nn.Module):
@@ -40,6 +43,18 @@ class Reconstruction(nn.Module):
         return error + 2 * self.pixel_std**2 * posterior.kl().mean() / pixels[0].numel(), error
 
 
+def check_levels(config: AutoencoderConfig) -> None:
+    """Raise a ValueError where channels cannot be normalized in groups, or the picture cannot be halved so often."""
+    channels, resolution = config.block_out_channels, config.data.resolution
+    if not channels or any(count % NORM_GROUPS for count in channels):
+        raise ValueError(f"block_out_channels={list(channels)} must be multiples of {NORM_GROUPS}, at least one.")
+    if resolution % 2 ** (len(channels) - 1):
+        raise ValueError(
+            f"data.resolution={resolution} cannot be halved {len(channels) - 1} times, as {len(channels)} levels of "
+            "block_out_channels ask for; drop a level or choose another size."
+        )
+
+
 def build_autoencoder(config: AutoencoderConfig, channels: int) -> AutoencoderKL:
     """An AutoencoderKL without attention, with random weights."""
     levels = len(config.block_out_channels)
@@ -51,7 +66,7 @@ def build_autoencoder(config: AutoencoderConfig, channels: int) -> AutoencoderKL
         block_out_channels=config.block_out_channels,  # pyright: ignore[reportArgumentType]
         layers_per_block=config.layers_per_block,
         latent_channels=config.latent_channels,
-        norm_num_groups=8,
+        norm_num_groups=NORM_GROUPS,
         sample_size=config.data.resolution,
         mid_block_add_attention=False,
         scaling_factor=1.0,
@@ -67,6 +82,9 @@ def standardize(vae: AutoencoderKL, pixels: torch.Tensor) -> None:
 
 def train(config: AutoencoderConfig) -> None:
     """Run from the first step to the last, then save the autoencoder to `output_dir`."""
+    check_ranges(config)
+    check_new_folder(config.output_dir)
+    check_levels(config)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
     dataset = build_dataset(config.data, config.seed, condition=None)

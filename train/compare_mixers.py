@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from config import ModelConfig, TrainConfig
+from config import Count, ModelConfig, Positive, TrainConfig
 from localdit.data.digit_scenes import load_digits
 from localdit.data.labelled_images import SETS, load_labelled_images
 from localdit.evaluation.digit_scenes import load_reader, score_real_scenes
@@ -21,6 +21,7 @@ from train.command_line import parse, run
 from train.datasets import resized
 from train.score_classes import draw_classes, judge_of
 from train.score_digit_scenes import score_text_to_image
+from train.settings import check_ranges
 from train.trainer import Trainer
 
 WARM_UP, TIMED = 5, 30  # steps, to learn how many fit into the budget
@@ -45,9 +46,9 @@ class ComparisonConfig:
     run: TrainConfig
     contestants: dict[str, dict[str, Any]]
     only: list[str] | None = None
-    seeds: int = 3
-    cpu_seconds: float = 80.0
-    samples: int = 100
+    seeds: Count = 3
+    cpu_seconds: Positive = 80.0
+    samples: Count = 100
     reader: str | None = None
 
 
@@ -146,6 +147,7 @@ def references(config: ComparisonConfig) -> dict[str, dict]:
 
 def compare(config: ComparisonConfig) -> None:
     """Run what is missing in `config.output`, each in a process of its own, so that its memory can be told."""
+    check_ranges(config)
     names = list(config.contestants) if config.only is None else config.only
     if unknown := sorted(set(names) - set(config.contestants)):
         raise ValueError(f"only={unknown} are not known; choose among {list(config.contestants)}.")

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from config import DataConfig, ModelConfig, TextEncoderConfig, TrainConfig
+from config import DataConfig, ModelConfig, SampleConfig, TextEncoderConfig, TrainConfig
 from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from train.objective import sampling_scheduler
 
@@ -110,6 +110,8 @@ class Networks:
         """The pipeline of a run, with the run's sampling settings as its defaults."""
         sample = config.sample
         defaults = {
+            "height": sample.height,
+            "width": sample.width,
             "num_inference_steps": sample.num_inference_steps,
             "guidance_scale": sample.guidance_scale,
             "img2img_guidance_scale": sample.img2img_guidance_scale,
@@ -152,6 +154,11 @@ def new_networks(config: TrainConfig, words: list[str]) -> Networks:
             f"model.caption_channels={caption_channels} differs from text_encoder.d_model={width}; make them equal."
         )
     return Networks(Denoiser(new_transformer(config.model), text_encoder), tokenizer, vae)
+
+
+def check_samples(pipeline: DiffusionPipeline, sample: SampleConfig) -> None:
+    """Raise a ValueError where a run could not draw its samples, before it has trained for them."""
+    pipeline.check_size(*pipeline.default_size(sample.height, sample.width))
 
 
 def new_transformer(config: ModelConfig) -> LocalDiTTransformer2DModel:
@@ -246,5 +253,10 @@ def check_networks(networks: Networks, data: DataConfig, channels: int, classes:
     token = model.patch_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
     if data.resolution % token:
         raise ValueError(f"data.resolution={data.resolution} is not a multiple of {token} pixels (one token).")
+    if model.out_channels not in (None, channels, 2 * channels):
+        raise ValueError(
+            f"model.out_channels={model.out_channels} is neither null nor {channels}, nor the {2 * channels} of a "
+            "PixArt that also predicts a variance; leave it null."
+        )
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"model.num_classes={model.num_classes}, but the data has {len(classes)}: {classes}.")

@@ -32,9 +32,6 @@ class DigitScenes(Dataset):
                 f"data.resolution={config.resolution}, but digit scenes are {digit_scenes.CANVAS} pixels wide; "
                 f"set {digit_scenes.CANVAS}."
             )
-        for name in ("one_digit", "recoloured"):
-            if not 0 <= getattr(config, name) <= 1:
-                raise ValueError(f"data.{name}={getattr(config, name)} is outside [0, 1].")
         self.config = config
         self.seed = seed
 

@@ -41,12 +41,6 @@ class Objective:
                 f"objective.prediction_type={config.prediction_type!r} does not go with process={config.process!r}; "
                 f"choose among {list(allowed)}."
             )
-        if not 0 <= config.condition_dropout < 1:
-            raise ValueError(f"objective.condition_dropout={config.condition_dropout} is outside [0, 1).")
-        if config.flow_shift <= 0:
-            raise ValueError(
-                f"objective.flow_shift={config.flow_shift} must be above 0; 1 leaves the sigmas as they are."
-            )
         self.config = config
         self.diffusion = DDPMScheduler(num_train_timesteps=TRAIN_TIMESTEPS, beta_schedule="linear")
 

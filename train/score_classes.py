@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from localdit import LocalDiTClassPipeline
-from localdit.command_line import Parser, best_device, load_pipeline, run
+from localdit.command_line import Parser, best_device, counting_number, load_pipeline, run, seed_number
 from localdit.data.labelled_images import SETS, load_labelled_images
 from localdit.evaluation.class_judge import ClassJudge
 from train.datasets import resized
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a LocalDiTClassPipeline")
     parser.add_argument("--data", required=True, choices=SETS, help="the set that it was trained on")
     parser.add_argument("--path", help="folder of the set's IDX files; by default from the Hugging Face Hub")
-    parser.add_argument("--per_class", type=int, default=100, help="pictures of each class")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per_class", type=counting_number, default=100, help="pictures of each class")
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--num_inference_steps", type=int, help="by default the model's")
     parser.add_argument("--guidance_scale", type=float, help="1 turns guidance off; by default the model's")
     arguments = parser.parse_args()

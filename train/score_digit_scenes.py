@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
-from localdit.command_line import PRETRAINED, Parser, best_device, load_pipeline, run
+from localdit.command_line import PRETRAINED, Parser, best_device, counting_number, load_pipeline, run, seed_number
 from localdit.data.digit_scenes import COLOURS, Scene, render, sample_scene
 from localdit.evaluation.digit_reader import DigitSceneReader
 from localdit.evaluation.digit_scenes import load_reader, score
@@ -75,15 +75,13 @@ def main() -> None:
     parser = Parser(prog="python -m train.score_digit_scenes", description=__doc__)
     parser.add_argument("--pipeline", default=str(PRETRAINED), help="folder; by default the shipped one")
     parser.add_argument("--reader", required=True, help="trained by python -m localdit.evaluation.digit_scenes train")
-    parser.add_argument("--prompts", type=int, default=1000, help="prompts of each kind")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prompts", type=counting_number, default=1000, help="prompts of each kind")
+    parser.add_argument("--seed", type=seed_number, default=1)
     parser.add_argument("--num_inference_steps", type=int, help="by default the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="by default the pipeline's")
     parser.add_argument("--strength", type=float, default=0.6)
     arguments = parser.parse_args()
 
-    if arguments.prompts < 1:
-        raise ValueError(f"--prompts {arguments.prompts} leaves nothing to score; give at least 1.")
     reader = load_reader(arguments.reader)
     pipeline = load_pipeline(LocalDiTPipeline, arguments.pipeline, best_device(), "float32", option="--pipeline")
     pipeline.set_progress_bar_config(disable=True)

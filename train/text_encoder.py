@@ -21,6 +21,7 @@ from localdit.data.digit_scenes import BACKGROUNDS, COLOURS, DIGITS, Scene, samp
 from train.command_line import parse, run
 from train.components import build_text_encoder, build_tokenizer
 from train.datasets import DigitScenes
+from train.settings import check_new_folder, check_ranges
 
 PLACES = ("alone", "left", "right", "top", "bottom")
 PLACE_PAIRS = {
@@ -82,9 +83,8 @@ class CaptionParser(nn.Module):
 
 def train(config: TextPretrainingConfig) -> None:
     """Run from the first step to the last, then save encoder and tokenizer to `output_dir`."""
-    for name in ("batch_size", "max_steps", "log_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
+    check_ranges(config)
+    check_new_folder(config.output_dir)
     if config.text_encoder.pretrained is not None or config.text_encoder.frozen:
         raise ValueError(
             "text_encoder.pretrained and text_encoder.frozen have no place here: a new encoder is trained."

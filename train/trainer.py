@@ -20,11 +20,12 @@ from tqdm.auto import tqdm
 
 from config import OptimizerConfig, TrainConfig
 from localdit.mixers.base import TokenMixer
-from train.checkpoint import check_newest, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from train.components import Denoiser, build_networks, check_networks, model_settings
+from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from train.components import Denoiser, build_networks, check_networks, check_samples, model_settings
 from train.data import MicroStepSampler, build_loader
 from train.datasets import Condition, DigitScenes, ImageFolder, build_dataset
 from train.objective import Objective
+from train.settings import as_plain, check_run, save_settings
 
 
 class Trainer:
@@ -37,7 +38,7 @@ class Trainer:
         self.objective = Objective(config.objective)
         dataset = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
         resume = find_checkpoint(config.resume, self.output_dir / "checkpoints") if config.resume else None
-        check_newest(resume, self.output_dir / "checkpoints")
+        check_checkpoint(resume, config, self.output_dir / "checkpoints")
         if resume is None and (found := list_checkpoints(self.output_dir / "checkpoints")):
             raise ValueError(
                 f"{config.output_dir} holds checkpoints of another run ({found[-1].name}); continue it with --resume "
@@ -55,6 +56,7 @@ class Trainer:
         self.networks = build_networks(config, words)
         self.networks.classes = dataset.classes
         check_networks(self.networks, config.data, dataset.channels, dataset.classes)
+        check_samples(self.networks.pipeline(config), config.sample)
         self.denoiser = self.networks.denoiser
         if self.networks.vae is not None:
             self.networks.vae.to(self.accelerator.device)
@@ -93,32 +95,38 @@ class Trainer:
     def train(self) -> None:
         """Run from the first step to the last, then save the pipeline."""
         config, accelerator = self.config, self.accelerator
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        if accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            save_settings(config, self.output_dir)
+        accelerator.wait_for_everyone()
         if config.report_to:
             accelerator.init_trackers("train", config=None)
-        progress = tqdm(
-            total=config.max_steps,
+        batches, folder, settings = iter(self.loader), self.output_dir / "checkpoints", as_plain(config)
+        losses, since = [], time.perf_counter()
+        with self._progress() as progress:
+            for step in range(self.first_step, config.max_steps):
+                losses.append(self._step(step, batches))
+                done = step + 1
+                progress.update()
+                saves = done % config.checkpoint_every == 0 or done == config.max_steps
+                if saves or done % config.log_every == 0:  # the log stops a run whose loss is no number, unsaved
+                    self._log(done, losses, time.perf_counter() - since, progress)
+                    losses, since = [], time.perf_counter()
+                if done % config.sample_every == 0:
+                    self._draw_samples(done)
+                if saves:
+                    save_checkpoint(accelerator, folder, done, config.keep_checkpoints, settings)
+        self.save_pipeline()
+        accelerator.end_training()
+
+    def _progress(self) -> tqdm:
+        return tqdm(
+            total=self.config.max_steps,
             initial=self.first_step,
-            disable=not accelerator.is_main_process,
+            disable=not self.accelerator.is_main_process,
             unit="step",
             dynamic_ncols=True,
         )
-        batches = iter(self.loader)
-        losses, since = [], time.perf_counter()
-        for step in range(self.first_step, config.max_steps):
-            losses.append(self._step(step, batches))
-            done = step + 1
-            progress.update()
-            if done % config.log_every == 0 or done == config.max_steps:
-                self._log(done, losses, time.perf_counter() - since, progress)
-                losses, since = [], time.perf_counter()
-            if done % config.sample_every == 0:
-                self._draw_samples(done)
-            if done % config.checkpoint_every == 0 or done == config.max_steps:
-                save_checkpoint(accelerator, self.output_dir / "checkpoints", done, config.keep_checkpoints)
-        progress.close()
-        self.save_pipeline()
-        accelerator.end_training()
 
     def _step(self, step: int, batches) -> torch.Tensor:
         accumulation = self.config.gradient_accumulation_steps
@@ -233,14 +241,14 @@ class Trainer:
     def _draw_samples(self, step: int) -> None:
         sample = self.config.sample
         has_text = self.networks.tokenizer is not None
-        if not self.accelerator.is_main_process or (has_text and not sample.prompt):
+        if not self.accelerator.is_main_process or (has_text and not sample.prompts):
             return
         # eager, because compiling again for another batch size takes longer than a few pictures
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
             self.denoiser.eval()
             pipeline = self.networks.pipeline(self.config)
             pipeline.set_progress_bar_config(disable=True)
-            rows = sample.prompt if has_text else list(range(self.denoiser.transformer.config.num_classes or 1))
+            rows = sample.prompts if has_text else list(range(self.denoiser.transformer.config.num_classes or 1))
             cells = [row for row in rows for _ in range(sample.num_images)]
             generators = [torch.Generator().manual_seed(sample.seed + index) for index in range(len(cells))]
             if has_text:
@@ -272,21 +280,6 @@ def condition_of(model: Mapping[str, Any]) -> Condition | None:
     if model["caption_channels"] is not None:
         return "caption"
     return "label" if model["num_classes"] is not None else None
-
-
-def check_run(config: TrainConfig) -> None:
-    """Raise a ValueError where a setting of the run is out of range."""
-    counts = ("batch_size", "gradient_accumulation_steps", "max_steps", "log_every", "sample_every")
-    for name in (*counts, "checkpoint_every", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
-    if config.data.recoloured and (config.data.name != "digit_scenes" or config.objective.process != "flow"):
-        raise ValueError(
-            f"data.recoloured={config.data.recoloured} needs data.name=digit_scenes and objective.process=flow; "
-            "set it to 0."
-        )
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
 
 
 def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.optim.Optimizer]:

@@ -12,6 +12,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from localdit.command_line import Parser, counting_number, run
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
 from localdit.mixers.linear import LinearAttnProcessor
@@ -116,11 +117,13 @@ def report(part: str, side: int, dtype: str, times: dict[str, list[float]]) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, nargs="+", default=[32, 64], help="sides of the square grid, in tokens")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--side", type=counting_number, nargs="+", default=[32, 64], help="sides of the square grid, in tokens"
+    )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--part", nargs="+", default=["layer", "block"], choices=["layer", "block"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=counting_number, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, {platform.machine()}")
@@ -132,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run("localdit.benchmarks.attention", main)

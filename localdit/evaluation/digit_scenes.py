@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from safetensors.torch import save_file
 
+from localdit.command_line import Parser, counting_number, run, seed_number
 from localdit.data.digit_scenes import (
     Scene,
     group_by_class,
@@ -149,6 +150,8 @@ def _summary(judged: list[dict[str, bool]]) -> dict:
 
 def _train(arguments: argparse.Namespace) -> dict:
     """Train and save a reader; returns its scores on real scenes in handwriting it never saw."""
+    if arguments.output.exists():
+        raise ValueError(f"--output {arguments.output} exists; remove it, or choose another.")
     images, labels = load_digits("test")
     held_back = np.zeros(len(images), bool)
     if not 0 <= arguments.hold_back <= len(images) // 2:
@@ -165,34 +168,31 @@ def _train(arguments: argparse.Namespace) -> dict:
 
 def main(argv: list[str] | None = None):
     """Run the command line, which prints the rates as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     train = commands.add_parser("train", help="train a reader on the test split of the handwritten digits")
     train.add_argument("--output", type=Path, required=True, help="where to save the reader, a .safetensors file")
-    train.add_argument("--steps", type=int, default=2500, help="batches of 32 scenes")
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=counting_number, default=2500, help="batches of 32 scenes")
+    train.add_argument("--seed", type=seed_number, default=0)
     train.add_argument("--bf16", action="store_true", help="faster on a CPU with bfloat16 instructions")
     train.add_argument("--hold-back", type=int, default=0, help="digits to keep for measuring and not train on")
     check = commands.add_parser("check", help="score a reader on real scenes in the generator's handwriting")
     check.add_argument("--reader", type=Path, required=True, help="the reader's .safetensors file")
-    check.add_argument("--scenes", type=int, default=1000, help="how many scenes to draw for each group")
-    check.add_argument("--seed", type=int, default=1)
+    check.add_argument("--scenes", type=counting_number, default=1000, help="how many scenes to draw for each group")
+    check.add_argument("--seed", type=seed_number, default=1)
     scoring = commands.add_parser("score", help="score a folder of pictures")
     scoring.add_argument("--images", type=Path, required=True, help="folder with pictures and their metadata.jsonl")
     scoring.add_argument("--reader", type=Path, required=True, help="the reader's .safetensors file")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "train":
-            result = _train(arguments)
-        elif arguments.command == "check":
-            reader = load_reader(arguments.reader)
-            result = score_real_scenes(reader, *load_digits("train"), arguments.scenes, arguments.seed)
-        else:
-            result = score_folder(load_reader(arguments.reader), arguments.images)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from error
+    if arguments.command == "train":
+        result = _train(arguments)
+    elif arguments.command == "check":
+        reader = load_reader(arguments.reader)
+        result = score_real_scenes(reader, *load_digits("train"), arguments.scenes, arguments.seed)
+    else:
+        result = score_folder(load_reader(arguments.reader), arguments.images)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run("localdit.evaluation.digit_scenes", main)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from localdit.models.attention import LocalDiTAttention
+from localdit.models.checks import check_real
 from localdit.models.rope import grid_positions, rotary_table, rotate
 
 # B batch, N tokens (grid height * grid width), H heads, D head dim
@@ -30,6 +31,8 @@ class TokenMixer(nn.Module):
 
     def __init__(self, num_attention_heads: int, attention_head_dim: int, layer: int, rope_theta: float | None):
         super().__init__()
+        if rope_theta is not None:
+            check_real("rope_theta", rope_theta)
         if rope_theta is not None and attention_head_dim % 4:
             raise ValueError(
                 f"attention_head_dim={attention_head_dim} is not a multiple of 4, which the two-dimensional rotary "

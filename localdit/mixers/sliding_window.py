@@ -11,6 +11,7 @@ from localdit.mixers.base import TokenMixer
 from localdit.mixers.sliding_window_flex import attend_by_flex
 from localdit.mixers.sliding_window_natten import attend_by_natten, check_natten, natten_takes
 from localdit.models.attention import attend
+from localdit.models.checks import check_bool, check_whole
 
 # B batch, N tokens of the grid, T tiles of one kind, n queries of a tile, m keys of a tile, H heads, D head dim
 
@@ -143,8 +144,8 @@ class SlidingWindowAttnProcessor(TokenMixer):
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
         for name, value in {"kernel_size": kernel_size, "dilation": dilation}.items():
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+            check_whole(name, value)
+        check_bool("relative_position_bias", relative_position_bias)
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is not known; choose among {list(BACKENDS)}.")
         if backend == "natten":

@@ -8,6 +8,7 @@ from torch import nn
 
 from localdit.mixers.base import TokenMixer
 from localdit.models.attention import LocalDiTAttention
+from localdit.models.checks import check_whole
 
 # B batch, N tokens, M positions per token, L = N * M positions, C width, S complex states of a channel
 
@@ -87,10 +88,10 @@ class BidirectionalSSMProcessor(TokenMixer):
         hourglass_ratio: int = 2,
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
-        if not isinstance(state_size, int) or state_size < 2 or state_size % 2:
-            raise ValueError(f"state_size={state_size!r} must be an even whole number of at least 2.")
-        if not isinstance(hourglass_ratio, int) or hourglass_ratio < 1:
-            raise ValueError(f"hourglass_ratio={hourglass_ratio!r} must be a whole number of at least 1.")
+        check_whole("state_size", state_size, least=2)
+        if state_size % 2:
+            raise ValueError(f"state_size={state_size} must be even, since states come in conjugate pairs.")
+        check_whole("hourglass_ratio", hourglass_ratio)
         width = num_attention_heads * attention_head_dim
         self.hourglass_ratio = hourglass_ratio
         self.up = nn.Linear(width, hourglass_ratio * width)

@@ -10,6 +10,7 @@ from torch import nn
 
 from localdit.mixers.base import TokenMixer
 from localdit.models.attention import LocalDiTAttention, attend
+from localdit.models.checks import check_bool, check_whole
 from localdit.models.rope import grid_positions
 
 # B batch, N tokens of the grid, W windows of one shape, n tokens of one window, G pooled tokens, H heads, D head dim
@@ -126,10 +127,9 @@ class WindowAttnProcessor(TokenMixer):
         global_context: int = 0,
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
-        if not isinstance(window_size, int) or window_size < 1:
-            raise ValueError(f"window_size={window_size!r} holds no token; choose a whole number of at least 1.")
-        if global_context < 0:
-            raise ValueError(f"global_context={global_context} is negative; choose 0 for none, or a side such as 4.")
+        check_whole("window_size", window_size)
+        check_whole("global_context", global_context, least=0)
+        check_bool("relative_position_bias", relative_position_bias)
         self.window_size = window_size
         self.shift = scheduled_shift(shift_schedule, layer, window_size)
         self.global_context = global_context
@@ -248,6 +248,8 @@ def scheduled_shift(shift_schedule: str | tuple[int, ...], layer: int, window_si
             f"shift_schedule={shift_schedule!r} is not known; choose 'swin', 'cyclic', 'none' or a sequence of shifts."
         )
     shift = shift_schedule[layer % len(shift_schedule)]
-    if not 0 <= shift < window_size:
-        raise ValueError(f"shift {shift} in shift_schedule is outside [0, {window_size}), the window's size.")
+    if not isinstance(shift, int) or not 0 <= shift < window_size:
+        raise ValueError(
+            f"shift {shift!r} in shift_schedule is no whole number in [0, {window_size}), the window's size."
+        )
     return shift

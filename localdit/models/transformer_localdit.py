@@ -20,11 +20,13 @@ from torch import nn
 from localdit.mixers import MIXERS, check_mixers, options_of_layer
 from localdit.mixers.base import TokenMixer
 from localdit.models.attention import CrossAttnProcessor, LocalDiTAttention
+from localdit.models.checks import check_bool, check_real, check_whole
 from localdit.models.loading import LoadingMixin
 
 # B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
 
 FEED_FORWARDS = ("mlp", "mix_ffn")
+QK_NORMS = ("rms_norm", None)
 
 # what diffusers' FeedForward knows
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
@@ -205,19 +207,10 @@ class LocalDiTTransformer2DModel(
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
+        _check_settings(dict(self.config))
         dim = num_attention_heads * attention_head_dim
         if use_additional_conditions is None:
             use_additional_conditions = sample_size == 128
-        if activation_fn not in ACTIVATIONS:
-            raise ValueError(f"activation_fn={activation_fn!r} is not known; choose among {list(ACTIVATIONS)}.")
-        if feed_forward not in FEED_FORWARDS:
-            raise ValueError(f"feed_forward={feed_forward!r} is not known; choose among {list(FEED_FORWARDS)}.")
-        if mlp_ratio * dim < 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio} leaves the feed-forward no channel; choose 4 or so.")
-        counts = {"num_layers": num_layers, "in_channels": in_channels, "num_classes": num_classes}
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name}={count} must be at least 1.")
         _check_sizes(dim, sample_size, patch_size, caption_channels, num_classes, use_additional_conditions)
         if interpolation_scale is None:
             interpolation_scale = max(sample_size // 64, 1)
@@ -423,6 +416,29 @@ class LocalDiTTransformer2DModel(
             )
 
 
+def _check_settings(config: dict[str, Any]) -> None:
+    """Raise a ValueError for a setting that is by itself out of range or not known."""
+    for name in ("num_attention_heads", "attention_head_dim", "in_channels", "num_layers", "sample_size", "patch_size"):
+        check_whole(name, config[name])
+    for name in ("out_channels", "caption_channels", "num_classes"):
+        if config[name] is not None:
+            check_whole(name, config[name])
+    check_real("norm_eps", config["norm_eps"])
+    check_real("qk_norm_eps", config["qk_norm_eps"])
+    if config["interpolation_scale"] is not None:
+        check_real("interpolation_scale", config["interpolation_scale"])
+    check_bool("attention_bias", config["attention_bias"])
+    check_bool("attention_residual", config["attention_residual"])
+    dropout = config["dropout"]
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} is outside [0, 1).")
+    check_real("mlp_ratio", config["mlp_ratio"])
+    choices = {"activation_fn": ACTIVATIONS, "feed_forward": FEED_FORWARDS, "qk_norm": QK_NORMS}
+    for name, known in choices.items():
+        if config[name] not in known:
+            raise ValueError(f"{name}={config[name]!r} is not known; choose among {list(known)}.")
+
+
 def _check_sizes(
     dim: int,
     sample_size: int,
@@ -431,12 +447,12 @@ def _check_sizes(
     num_classes: int | None,
     use_additional_conditions: bool,
 ) -> None:
-    if dim < 4 or dim % 4:
+    if dim % 4:
         raise ValueError(
             f"num_attention_heads * attention_head_dim = {dim} is not a multiple of 4, as the sin-cos positions need."
         )
-    if patch_size < 1 or sample_size < patch_size:
-        raise ValueError(f"patch_size={patch_size} must be at least 1 and at most sample_size={sample_size}.")
+    if sample_size < patch_size:
+        raise ValueError(f"patch_size={patch_size} must be at most sample_size={sample_size}.")
     if caption_channels and num_classes:
         raise ValueError(
             f"caption_channels={caption_channels} and num_classes={num_classes} exclude each other; set one to None."

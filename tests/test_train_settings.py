@@ -1,0 +1,265 @@
+"""A run's settings: what is refused, what a checkpoint wants kept, what a command line says."""
+
+import dataclasses
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from config import (
+    AutoencoderConfig,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TextEncoderConfig,
+    TextPretrainingConfig,
+    TrainConfig,
+)
+from tests.training import tiny_config
+from train.autoencoder import train as train_autoencoder
+from train.command_line import parse, run
+from train.compare_mixers import ComparisonConfig
+from train.text_encoder import train as train_text_encoder
+from train.trainer import Trainer
+
+TINY = tiny_config(Path("unused"))
+RECIPES = sorted(Path("train/recipes").glob("*.yaml"))
+
+
+def test_a_new_run_does_not_touch_the_checkpoints_of_another(tmp_path):
+    Trainer(tiny_config(tmp_path)).train()
+    with pytest.raises(
+        ValueError, match=r"holds checkpoints of another run \(step-00000006\); continue it with --resume"
+    ):
+        Trainer(tiny_config(tmp_path, max_steps=2))
+
+
+def test_an_older_checkpoint_is_continued_elsewhere_so_that_nothing_newer_is_lost(tmp_path):
+    Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=3)).train()
+    older = str(tmp_path / "checkpoints" / "step-00000004")
+    with pytest.raises(ValueError, match="is older than step-00000006 beside it.*another --output_dir"):
+        Trainer(tiny_config(tmp_path, resume=older))
+    elsewhere = tiny_config(tmp_path / "other", resume=older, max_steps=5, keep_checkpoints=1)
+    Trainer(elsewhere).train()
+    assert [path.name for path in (tmp_path / "other" / "checkpoints").iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"resume": "latest"}, "holds no checkpoint"),
+        ({"resume": "nowhere"}, "'nowhere' is not a whole checkpoint"),
+        ({"data": DataConfig(name="imagefolder")}, "data.path=None is not a folder"),
+        ({"data": DataConfig(resolution=32)}, "data.resolution=32"),
+        ({"data": DataConfig(one_digit=1.5)}, r"data.one_digit=1.5 must be in \[0, 1\]"),
+        ({"data": DataConfig(num_workers=-1)}, "data.num_workers=-1 must be at least 0"),
+        ({"data": DataConfig(name="imagefolder", recoloured=0.1)}, "data.recoloured=0.1"),
+        ({"objective": ObjectiveConfig(flow_shift=0)}, "objective.flow_shift=0 must be above 0"),
+        ({"objective": ObjectiveConfig(logit_std=-1)}, "objective.logit_std=-1 must be above 0"),
+        ({"objective": ObjectiveConfig(logit_mean=float("nan"))}, "objective.logit_mean=nan must be a finite"),
+        ({"optimizer": OptimizerConfig(learning_rate=float("inf"))}, "learning_rate=inf must be above 0, and finite"),
+        ({"optimizer": OptimizerConfig(weight_decay=-1)}, "optimizer.weight_decay=-1 must be at least 0"),
+        ({"optimizer": OptimizerConfig(warmup_steps=-5)}, "optimizer.warmup_steps=-5 must be at least 0"),
+        ({"optimizer": OptimizerConfig(max_grad_norm=0)}, "optimizer.max_grad_norm=0 must be above 0"),
+        ({"optimizer": OptimizerConfig(ema_decay=2)}, r"optimizer.ema_decay=2 must be in \[0, 1\)"),
+        ({"optimizer": OptimizerConfig(betas=(0.9, 1.0))}, r"optimizer.betas=1.0 must be in \[0, 1\)"),
+        ({"text_encoder": TextEncoderConfig(d_model=32)}, "text_encoder.d_model=32"),
+        ({"text_encoder": TextEncoderConfig(num_heads=0)}, "text_encoder.num_heads=0 must be at least 1"),
+        ({"text_encoder": TextEncoderConfig(pretrained="nowhere")}, "text_encoder.pretrained='nowhere' holds no T5"),
+        ({"model": ModelConfig(in_channels=4, caption_channels=16)}, "model.in_channels=4"),
+        ({"model": replace(TINY.model, out_channels=5)}, "model.out_channels=5 is neither null nor 3"),
+        ({"model": replace(TINY.model, num_attention_heads=0)}, "num_attention_heads=0 must be a whole number"),
+        ({"model": replace(TINY.model, mixer_options={"window": {"global_context": "x"}})}, "global_context='x'"),
+        ({"model": replace(TINY.model, mixer_options={"window": {"shift_schedule": [0.5]}})}, "shift 0.5 in"),
+        ({"sample": SampleConfig(prompt="a red seven", height=60)}, "height=60 is not a positive multiple of 16"),
+        ({"sample": SampleConfig(prompt=["a red seven", " "])}, "sample.prompt holds an empty text"),
+        ({"sample": SampleConfig(num_images=0)}, "sample.num_images=0 must be at least 1"),
+        ({"sample": SampleConfig(strength=1.5)}, r"sample.strength=1.5 must be in \[0, 1\]"),
+        ({"pretrained": "nowhere"}, "pretrained='nowhere' cannot be loaded"),
+        ({"vae": "nowhere"}, "vae='nowhere' holds no autoencoder"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"max_steps": 0}, "max_steps=0 must be at least 1"),
+        ({"seed": -1}, r"seed=-1 must be in \[0, 4294967296\)"),
+        ({"output_dir": ""}, "output_dir='' names no folder"),
+        ({"output_dir": "README.md/run"}, "README.md is a file"),
+        ({"report_to": ("tensorbord",)}, r"report_to=\['tensorbord'\] are no trackers"),
+        ({"mixed_precision": "fp16"}, "fp16"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_in_one_sentence(tmp_path, changes, phrase):
+    with pytest.raises(ValueError, match=phrase) as caught:
+        Trainer(replace(TINY, **{"output_dir": str(tmp_path), **changes}))
+    assert "\n" not in str(caught.value)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": "4"}, {"max_steps": 2.5}, {"seed": True}])
+def test_a_number_of_another_type_is_refused(changes):
+    (name,) = changes
+    with pytest.raises(TypeError, match=f"{name}=.* give a whole number"):
+        Trainer(replace(TINY, **changes))
+
+
+def test_every_number_of_every_config_has_its_interval():
+    """A new setting that is a number wants one too."""
+    for config_class in (TrainConfig, AutoencoderConfig, TextPretrainingConfig, ComparisonConfig):
+        assert list(without_interval(config_class)) == []
+
+
+def without_interval(config_class):
+    for name, hint in get_type_hints(config_class, include_extras=True).items():
+        if dataclasses.is_dataclass(hint):
+            if hint is not ModelConfig:  # which the model checks
+                yield from without_interval(hint)
+        elif re.search(r"\b(int|float)\b", re.sub(r"Annotated\[[^\]]*\]", "", str(hint))):
+            yield f"{config_class.__name__}.{name}"
+
+
+def test_a_run_leaves_its_settings_as_a_recipe_of_its_own(tmp_path):
+    config = tiny_config(tmp_path / "run", max_steps=1, data=DataConfig(num_workers=0, one_digit=0.5))
+    Trainer(config).train()
+    again = parse(TrainConfig, "train", ["--config", str(tmp_path / "run" / "config.yaml")])
+    assert again == config
+    changed = parse(TrainConfig, "train", ["--config", str(tmp_path / "run" / "config.yaml"), "--max_steps", "2"])
+    assert changed == replace(config, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"model": replace(TINY.model, num_layers=1)}, "model.num_layers=1, but step-00000002 was written with 2"),
+        ({"model": replace(TINY.model, token_mixers=("full",))}, "model.token_mixers"),
+        ({"optimizer": replace(TINY.optimizer, ema_decay=0.0)}, "optimizer.ema_decay=0.0, .* written with 0.9"),
+        ({"optimizer": replace(TINY.optimizer, name="muon")}, "optimizer.name='muon'"),
+        ({"max_steps": 1}, "max_steps=1 is less than step-00000002 has done"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(tmp_path, changes, phrase):
+    Trainer(tiny_config(tmp_path, max_steps=2)).train()
+    with pytest.raises(ValueError, match=phrase):
+        Trainer(tiny_config(tmp_path, **{"max_steps": 3, "resume": "latest", **changes}))
+
+
+def test_a_resumed_run_tells_what_is_set_otherwise_than_before(tmp_path, caplog):
+    Trainer(tiny_config(tmp_path, max_steps=2)).train()
+    optimizer = replace(TINY.optimizer, learning_rate=1e-4)
+    Trainer(tiny_config(tmp_path, max_steps=3, log_every=1, resume="latest", optimizer=optimizer))
+    told = (
+        "Resumed with other settings than step-00000002 had: max_steps 2 -> 3, optimizer.learning_rate 0.002 -> 0.0001."
+    )
+    assert [message for message in caplog.messages if "Resumed" in message] == [told]
+
+
+def test_a_finished_run_can_be_resumed_to_save_its_pipeline(tmp_path):
+    Trainer(tiny_config(tmp_path, max_steps=1)).train()
+    shutil.rmtree(tmp_path / "pipeline")
+    Trainer(tiny_config(tmp_path, max_steps=1, resume="latest")).train()
+    assert (tmp_path / "pipeline" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "trainer_state.json"])
+@pytest.mark.parametrize("damage", ["cut", "garbage"])
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, file, damage):
+    Trainer(tiny_config(tmp_path, max_steps=1)).train()
+    path = tmp_path / "checkpoints" / "step-00000001" / file
+    path.write_bytes(path.read_bytes()[:-10] if damage == "cut" else b"garbage")
+    with pytest.raises(ValueError, match="step-00000001.* another checkpoint") as caught:
+        Trainer(tiny_config(tmp_path, max_steps=2, resume="latest"))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    trainer = Trainer(tiny_config(tmp_path, max_steps=4, log_every=4, checkpoint_every=2))
+    step = trainer._step
+
+    def poisoned(index, batches):
+        loss = step(index, batches)
+        return loss * float("nan") if index == 2 else loss
+
+    trainer._step = poisoned
+    with pytest.raises(FloatingPointError, match="The loss is nan at step 4"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_what_a_worker_raises_is_told_in_one_sentence(picture_folder, capsys):
+    (picture_folder / "cat" / "0.png").write_bytes(b"no picture")
+    data = DataConfig(name="imagefolder", path=str(picture_folder), resolution=64, num_workers=1)
+
+    def main():
+        Trainer(tiny_config(picture_folder / "run", data=data, sample=SampleConfig(), max_steps=2)).train()
+
+    with pytest.raises(SystemExit) as caught:
+        run("train", main)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"train: .*cat.0\.png cannot be read as a picture .*; repair or remove it\.", error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"block_out_channels": (8, 12)}, r"block_out_channels=\[8, 12\] must be multiples of 8"),
+        ({"block_out_channels": (8,) * 8}, "data.resolution=64 cannot be halved 7 times"),
+        ({"pixel_std": 0.0}, "pixel_std=0.0 must be above 0"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ],
+)
+def test_an_autoencoder_that_cannot_work_is_refused(tmp_path, changes, phrase):
+    with pytest.raises(ValueError, match=phrase):
+        train_autoencoder(AutoencoderConfig(output_dir=str(tmp_path / "vae"), **changes))
+
+
+@pytest.mark.parametrize(
+    ("train", "config_class"), [(train_autoencoder, AutoencoderConfig), (train_text_encoder, TextPretrainingConfig)]
+)
+def test_a_trained_network_is_not_overwritten(tmp_path, train, config_class):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a trained network; remove it, or choose another folder"):
+        train(config_class(output_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_a_valid_config(recipe):
+    if recipe.stem.startswith("mixers_"):
+        comparison = parse(
+            ComparisonConfig, "train", ["--config", str(recipe), "--seeds", "7", "--run.batch_size", "3"]
+        )
+        assert comparison.seeds == 7 and comparison.run.batch_size == 3
+        return
+    kinds = {"vae": AutoencoderConfig, "text": TextPretrainingConfig}
+    config_class = kinds.get(recipe.stem.rpartition("_")[2], TrainConfig)
+    config = parse(config_class, "train", ["--config", str(recipe), "--max_steps", "7", "--seed", "3"])
+    assert isinstance(config, config_class)
+    assert config.max_steps == 7 and config.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no_such_key", "1"], "unrecognized arguments: --no_such_key 1; python -m train --help lists all settings."),
+        (["--max_step", "3"], "unrecognized arguments: --max_step 3; did you mean max_steps"),
+        (["--max_steps", "many"], '"max_steps": Expected int. Got value: many'),
+        (["--objective.process", "magic"], "Expected one of ['flow', 'diffusion']. Got value: magic"),
+        (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--config", "{folder}/recipe.yaml"], "Option 'modle.num_layers' is not accepted; did you mean"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_one_line_and_exit_code_2(tmp_path, arguments, message, capsys):
+    (tmp_path / "recipe.yaml").write_text("modle: {num_layers: 3}\n")
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    with pytest.raises(SystemExit) as caught:
+        run("train", lambda: parse(TrainConfig, "train", ["--config", "train/recipes/digit_scenes.yaml", *arguments]))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train: ") and message in line
+
+
+def test_one_prompt_may_be_given_as_a_text():
+    arguments = ["--output_dir", "x", "--sample.prompt", "a red seven on a black background"]
+    assert parse(TrainConfig, "train", arguments).sample.prompts == ["a red seven on a black background"]

@@ -1,0 +1,158 @@
+"""A run's settings: checked before anything is loaded, kept beside what the run makes, compared when it is resumed."""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from config import TrainConfig, Within
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "config.yaml"
+
+# what a resumed run may change without becoming another: where and how often something is written
+FREE = ("output_dir", "resume", "report_to", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Raise where a number of a config, or of a config in it, is outside the interval that `config.py` gives it.
+
+    Raises:
+        TypeError: for what is no number, or no whole one where that is asked for.
+        ValueError: for a number out of range.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if is_dataclass(value):
+            check_ranges(value, f"{name}.")
+            continue
+        for number_type, within in _bounds(hints[field.name]):
+            for number in value if isinstance(value, tuple | list) else [value]:
+                if number is not None:
+                    _check_number(name, number, number_type, within.interval)
+
+
+def _bounds(hint: Any) -> Iterator[tuple[type, Within]]:
+    """The types and intervals of the numbers that a type hint allows."""
+    for note in getattr(hint, "__metadata__", ()):
+        if isinstance(note, Within):
+            yield get_origin(hint) and get_args(hint)[0], note
+            return
+    for part in get_args(hint):
+        yield from _bounds(part)
+
+
+def _check_number(name: str, number: Any, number_type: type, interval: str) -> None:
+    kind, words = (Integral, "whole number") if number_type is int else (Real, "number")
+    if not isinstance(number, kind) or isinstance(number, bool):
+        raise TypeError(f"{name}={number!r} is of type {type(number).__name__}; give a {words}.")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    value = float(number)
+    inside = value >= low if interval[0] == "[" else value > low
+    if not (inside and (value <= high if interval[-1] == "]" else value < high)):
+        raise ValueError(f"{name}={number} must be {_in_words(interval, low, high)}.")
+
+
+def _in_words(interval: str, low: float, high: float) -> str:
+    if math.isfinite(high):
+        return f"in {interval}"
+    if math.isfinite(low):
+        return f"at least {low:g}" if interval[0] == "[" else f"above {low:g}, and finite"
+    return "a finite number"
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raise a ValueError where this cannot be a folder that a run writes to."""
+    if not output_dir.strip():
+        raise ValueError(f"output_dir={output_dir!r} names no folder; give one, such as output/mine.")
+    folder = Path(output_dir)
+    blocking = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
+    if blocking is not None and not blocking.is_dir():
+        raise ValueError(f"output_dir={output_dir!r} cannot be a folder, since {blocking} is a file; choose another.")
+
+
+def check_new_folder(output_dir: str) -> None:
+    """Raise a ValueError where a trained network cannot be written to a folder, or is there already."""
+    check_output_dir(output_dir)
+    if (Path(output_dir) / "config.json").is_file():
+        raise ValueError(f"output_dir={output_dir!r} holds a trained network; remove it, or choose another folder.")
+
+
+def check_run(config: TrainConfig) -> None:
+    """Raise a ValueError or TypeError where a setting of a run is out of range or does not go with another."""
+    check_ranges(config)
+    check_output_dir(config.output_dir)
+    if any(not prompt.strip() for prompt in config.sample.prompts):
+        raise ValueError("sample.prompt holds an empty text; say what to draw.")
+    known = {*map(str, LOGGER_TYPE_TO_CLASS)}
+    available = sorted(set(map(str, get_available_trackers())) & known)
+    if missing := sorted(set(config.report_to) - set(available)):
+        raise ValueError(f"report_to={missing} are no trackers that are installed here; choose among {available}.")
+    if config.data.recoloured and (config.data.name != "digit_scenes" or config.objective.process != "flow"):
+        raise ValueError(
+            f"data.recoloured={config.data.recoloured} needs data.name=digit_scenes and objective.process=flow; "
+            "set it to 0."
+        )
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """A config as dictionaries, lists, texts and numbers only."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def save_settings(config: TrainConfig, folder: Path) -> None:
+    """Write every setting of a run, defaults included, as a recipe that starts it anew."""
+    settings = {name: value for name, value in as_plain(config).items() if name != "resume"}
+    (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def check_resumed(before: dict[str, Any], config: TrainConfig, checkpoint: str) -> None:
+    """Compare the settings that a checkpoint was written under with those of the run that goes on from it.
+
+    Raises:
+        ValueError: where its weights or the optimizer's state cannot fit; other differences are logged.
+    """
+    old, new = _flat(before), _flat(as_plain(config))
+    common = sorted(old.keys() & new.keys() - set(FREE))  # an older version may have known fewer settings
+    changed = [(name, old[name], new[name]) for name in common if old[name] != new[name]]
+    for name, was, now in changed:
+        if _decides_shapes(name, was, now):
+            raise ValueError(
+                f"{name}={now!r}, but {checkpoint} was written with {was!r}; keep that, or start a run of its own in "
+                "another output_dir."
+            )
+    if changed:
+        told = ", ".join(f"{name} {was!r} -> {now!r}" for name, was, now in changed)
+        logger.warning("Resumed with other settings than %s had: %s.", checkpoint, told)
+
+
+def _decides_shapes(name: str, was: Any, now: Any) -> bool:
+    """Whether a setting that changed changes what a checkpoint holds; paths may be spelt anew."""
+    if name in ("vae", "pretrained", "text_encoder.pretrained"):
+        return (was is None) != (now is None)
+    if name == "optimizer.ema_decay":
+        return (was == 0) != (now == 0)
+    return name.startswith(("model.", "text_encoder.")) or name == "optimizer.name"
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names; what a mixer is given stays one value."""
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and name != "mixer_options":
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
