@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers.callbacks import PipelineCallback
 from peft import LoraConfig, get_peft_model_state_dict
 
@@ -423,6 +424,22 @@ def test_decoding_in_tiles_draws_nearly_the_same(make_pipeline, latent_component
 @pytest.mark.parametrize("pipeline_class", [LocalDiTPipeline, LocalDiTImg2ImgPipeline])
 def test_components_are_offloaded_in_the_order_of_their_use(pipeline_class):
     assert pipeline_class.model_cpu_offload_seq == "text_encoder->transformer->vae"
+
+
+@pytest.mark.parametrize("pipeline_class", [LocalDiTPipeline, LocalDiTImg2ImgPipeline])
+def test_an_offloaded_pipeline_draws_the_same_and_calls_its_components_in_order(make_pipeline, pipeline_class):
+    """The hooks of accelerate with the CPU on both sides, which is what can be tried without an accelerator."""
+    pipeline = make_pipeline(pipeline_class)
+    image = {"image": torch.full((1, 3, 16, 16), 0.5)} if pipeline_class is LocalDiTImg2ImgPipeline else {}
+    expected = draw(pipeline, output_type="pt", **image)
+    pipeline.enable_model_cpu_offload(device="cpu")
+    called = []
+    for name in ("text_encoder", "transformer"):
+        component = getattr(pipeline, name)
+        assert isinstance(component._hf_hook, CpuOffload)
+        component.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    assert torch.equal(draw(pipeline, output_type="pt", **image), expected)
+    assert called[0] == "text_encoder" and set(called[called.index("transformer") :]) == {"transformer"}
 
 
 def test_a_pipeline_in_bfloat16_draws(pipeline):

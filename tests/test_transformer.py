@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -490,6 +491,15 @@ def test_a_compiled_model_equals_the_eager_one_at_every_size():
         inputs = make_inputs(model, height=height, width=width)
         with torch.no_grad():
             torch.testing.assert_close(call(compiled, **inputs), call(model, **inputs), **NEAR)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_model_compiled_to_machine_code_equals_the_eager_one():
+    torch.compiler.reset()
+    model = make_model(num_layers=1, mixer_options=EVERY_PARAMETER)
+    inputs = make_inputs(model)
+    with torch.no_grad():
+        torch.testing.assert_close(call(torch.compile(model, fullgraph=True), **inputs), call(model, **inputs), **NEAR)
 
 
 def test_compiled_blocks_give_the_eager_gradients():
