@@ -7,6 +7,8 @@ and the caches know them.
 import importlib
 import logging
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -30,16 +32,28 @@ __all__ = [
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda record: "torchvision" not in str(record.msg))
 
 
+def _use_pipelines_of_checkout() -> None:
+    """In a checkout, where `pipelines/` is not inside this package but beside it, make it `localdit.pipelines`.
+
+    An editable installation would do so too, but may be one of another checkout.
+    """
+    folder = Path(__file__).parent.parent / "pipelines"
+    if (Path(__file__).parent / "pipelines").is_dir():
+        return
+    spec = spec_from_file_location(
+        "localdit.pipelines", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{folder} is missing; copy the whole checkout, or install localdit.")
+    sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
+
 def _pipeline(module: str, name: str) -> type:
-    """A pipeline class, from the installed package or, in a bare checkout, from the folder beside this one."""
-    try:
-        return getattr(importlib.import_module(f"localdit.pipelines.{module}"), name)
-    except ModuleNotFoundError as error:
-        if error.name != "localdit.pipelines":
-            raise
-        return getattr(importlib.import_module(f"pipelines.{module}"), name)
+    return getattr(importlib.import_module(f"localdit.pipelines.{module}"), name)
 
 
+_use_pipelines_of_checkout()
 LocalDiTPipeline = _pipeline("pipeline_localdit", "LocalDiTPipeline")
 LocalDiTImg2ImgPipeline = _pipeline("pipeline_localdit_img2img", "LocalDiTImg2ImgPipeline")
 LocalDiTInpaintPipeline = _pipeline("pipeline_localdit_inpaint", "LocalDiTInpaintPipeline")

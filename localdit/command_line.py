@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from transformers.utils import logging as transformers_logging
 
+from localdit.conversion import INDEX_SUFFIXES
+
 PRETRAINED = Path(__file__).parent / "pretrained" / "digit-scenes"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory")  # as torch says on CUDA, Linux, Windows
@@ -76,6 +78,14 @@ def check_device(device: str, dtype: str) -> None:
         raise ValueError("--dtype 'float16' is for accelerators; on the CPU choose float32 or bfloat16.")
 
 
+def is_checkpoint(source: str) -> bool:
+    """Whether `source` is a file, a link to one, or a folder of shards, rather than a pipeline's folder or Hub id."""
+    if "://" in source or os.path.isfile(source):
+        return True
+    files = os.listdir(source) if os.path.isdir(source) else []
+    return any(file.endswith(INDEX_SUFFIXES) for file in files) and not {"model_index.json", "config.json"} & {*files}
+
+
 def hide_loading_bars() -> None:
     """Show the libraries' bars of loading weights on a terminal only."""
     if not sys.stderr.isatty():
@@ -96,7 +106,7 @@ def load_pipeline(
     source = model if model is not None else str(PRETRAINED)
     hide_loading_bars()
     try:
-        load = pipeline_class.from_single_file if os.path.isfile(source) else pipeline_class.from_pretrained
+        load = pipeline_class.from_single_file if is_checkpoint(source) else pipeline_class.from_pretrained
         pipeline = load(source, dtype=DTYPES[dtype])
     except Exception as error:  # loading fails in many ways, and each is one sentence to the user
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -96,7 +96,9 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
                 "convert it to .safetensors where you trust it."
             ) from error
         raise ValueError(f"{path} is damaged or no .pt file ({_first_line(error)}); download it anew.") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
         raise ValueError(f"{path} is no state dict (names to tensors); save model.state_dict() instead.")
     return dict(content)
 
@@ -133,20 +135,23 @@ def infer_released_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, A
         ValueError: where a tensor that they are read from is missing or cannot belong to such a model.
     """
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, axes: int) -> torch.Size:
         if name not in state_dict:
             raise ValueError(f"The checkpoint has no {name}; it is no released LocalDiT.")
-        return state_dict[name].shape
+        found = state_dict[name].shape
+        if len(found) != axes or 0 in found:
+            raise ValueError(f"The checkpoint's {name} is {list(found)}; it is no released LocalDiT.")
+        return found
 
-    width, in_channels, patch_size, _ = shape("pos_embed.proj.weight")
-    (head_dim,) = shape("transformer_blocks.0.attn1.norm_q.weight")
-    outputs = shape("proj_out.weight")[0]
+    width, in_channels, patch_size, _ = shape("pos_embed.proj.weight", 4)
+    (head_dim,) = shape("transformer_blocks.0.attn1.norm_q.weight", 1)
+    outputs, _ = shape("proj_out.weight", 2)
     if width % head_dim or outputs % patch_size**2:
         raise ValueError(
             f"The checkpoint is {width} wide with heads of {head_dim} and {outputs} outputs for patches of "
             f"{patch_size} x {patch_size}, which do not divide; it is no released LocalDiT."
         )
-    layers = {int(name.split(".")[1]) for name in state_dict if name.startswith("transformer_blocks.")}
+    layers = {int(block[1]) for name in state_dict if (block := re.match(r"transformer_blocks\.(\d+)\.", name))}
     return {
         **RELEASED_CONFIG,
         "num_attention_heads": width // head_dim,
@@ -155,7 +160,7 @@ def infer_released_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, A
         "out_channels": outputs // patch_size**2,
         "num_layers": max(layers) + 1,
         "patch_size": patch_size,
-        "caption_channels": shape("caption_projection.linear_1.weight")[1],
+        "caption_channels": shape("caption_projection.linear_1.weight", 2)[1],
         "use_additional_conditions": "adaln_single.emb.resolution_embedder.linear_1.weight" in state_dict,
     }
 
@@ -315,18 +320,29 @@ def load_pixart(source: str | os.PathLike | PixArtTransformer2DModel, **kwargs: 
     """A PixArt transformer: given, or of a pipeline's or the transformer's own folder or Hub id."""
     if isinstance(source, PixArtTransformer2DModel):
         return source
+    source = os.fspath(source)
+    in_pipeline = "subfolder" not in kwargs and not os.path.isfile(os.path.join(source, "config.json"))
+    place = {"subfolder": "transformer"} if in_pipeline else {}
     try:
-        if "subfolder" in kwargs:
-            return PixArtTransformer2DModel.from_pretrained(source, **kwargs)
-        try:
-            return PixArtTransformer2DModel.from_pretrained(source, subfolder="transformer", **kwargs)
-        except OSError:
-            return PixArtTransformer2DModel.from_pretrained(source, **kwargs)
-    except OSError as error:
+        pixart, info = PixArtTransformer2DModel.from_pretrained(source, output_loading_info=True, **place, **kwargs)
+    except Exception as error:  # what is missing, damaged or of another model fails in many ways
         raise ValueError(
-            f"{os.fspath(source)!r} holds no PixArt transformer ({_first_line(error)}); give the folder or Hub id of a "
-            "PixArt pipeline, or the transformer itself."
+            f"{source!r} holds no PixArt transformer that can be loaded ({_first_line(error)}); give the folder or Hub "
+            "id of a PixArt pipeline, or the transformer itself."
         ) from error
+    check_complete(source, {**info, "unexpected_keys": []})  # PixArt-alpha's file holds an embedding that nothing reads
+    return pixart
+
+
+def check_complete(source: str, info: Mapping[str, Any]) -> None:
+    """Raise a ValueError where diffusers' loading information tells of missing or unknown tensors."""
+    problems = {"lack": info["missing_keys"], "hold unknown": info["unexpected_keys"]}
+    told = [f"{verb} {len(names)} tensor(s) ({min(names)}, ...)" for verb, names in problems.items() if names]
+    if told:
+        raise ValueError(
+            f"The weights in {source} {' and '.join(told)}, so they are damaged or "
+            "belong to another config.json; download or save both anew (a PixArt loads by from_pixart)."
+        )
 
 
 def check_names(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], source: str) -> None:

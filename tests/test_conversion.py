@@ -171,6 +171,13 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(checkpoint, checkpoint
     nested = tmp_path / "nested.pt"
     torch.save({"step": 3, "model": checkpoint}, nested)
     refused(nested, "is no state dict")
+    torch.save({3: torch.zeros(2)}, nested)
+    refused(nested, "is no state dict")
+    nested.unlink()
+    refused({**checkpoint, "pos_embed.proj.weight": torch.zeros(3)}, r"pos_embed.proj.weight is \[3\]; it is no rel")
+    refused({**checkpoint, "transformer_blocks.x.weight": torch.zeros(3)}, "1 unexpected: transformer_blocks.x.weight")
+    refused({"transformer.lora_A.weight": torch.zeros(3)}, "holds LoRA adapters, no model; load them with load_lora")
+    torch.save(checkpoint, tmp_path / "other.pt")
     refused(tmp_path, "holds 3 checkpoints")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTTransformer2DModel
 from tests.released_reference import CAPTION, inputs
@@ -69,6 +70,20 @@ def test_a_pixart_starts_a_local_model_that_learns():
 def test_a_pixart_that_is_not_there_or_has_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no PixArt transformer"):
         LocalDiTTransformer2DModel.from_pixart(tmp_path)
+    source = pixart(**PIXARTS["sigma"])
+    source.save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "caption_projection.y_embedding": torch.zeros(3)}, weights, metadata={"format": "pt"})
+    assert LocalDiTTransformer2DModel.from_pixart(tmp_path / "cut")
+    tensors.pop("proj_out.bias")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 tensor\(s\) \(proj_out.bias"):
+        LocalDiTTransformer2DModel.from_pixart(tmp_path / "cut")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="holds no PixArt transformer that can be loaded") as caught:
+        LocalDiTTransformer2DModel.from_pixart(tmp_path / "cut")
+    assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="upcast_attention=True"):
         LocalDiTTransformer2DModel.from_pixart(pixart(**PIXARTS["sigma"], upcast_attention=True))
 

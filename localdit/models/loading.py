@@ -13,6 +13,7 @@ from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils.hub_utils import _get_model_file
 
 from localdit.conversion import (
+    check_complete,
     check_names,
     from_pixart_state_dict,
     from_released,
@@ -51,14 +52,7 @@ class LoadingMixin:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
-        problems = {"lack": info["missing_keys"], "hold unknown": info["unexpected_keys"]}
-        told = [f"{verb} {len(names)} tensor(s) ({min(names)}, ...)" for verb, names in problems.items() if names]
-        if told:
-            source = os.fspath(pretrained_model_name_or_path)
-            raise ValueError(
-                f"The weights in {source} {' and '.join(told)}, so they are damaged or "
-                "belong to another config.json; download or save both anew (a PixArt loads by from_pixart)."
-            )
+        check_complete(os.fspath(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -131,6 +125,8 @@ class LoadingMixin:
             state_dict, dead = from_released(state_dict, global_branch)
             parameters = sum(tensor.numel() for tensor in dead.values())
             logger.warning("%s: dropped %d tensors (%d parameters) that nothing reads.", source, len(dead), parameters)
+        elif any("lora" in name for name in state_dict):
+            raise ValueError(f"{source} holds LoRA adapters, no model; load them with load_lora_weights.")
         elif config is None:
             raise ValueError(
                 f"{source} is no released LocalDiT (it has no transformer_blocks.0.attn1.to_qkv.weight); load a folder "
