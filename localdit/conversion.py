@@ -324,12 +324,13 @@ def load_pixart(source: str | os.PathLike | PixArtTransformer2DModel, **kwargs: 
     in_pipeline = "subfolder" not in kwargs and not os.path.isfile(os.path.join(source, "config.json"))
     place = {"subfolder": "transformer"} if in_pipeline else {}
     try:
-        pixart, info = PixArtTransformer2DModel.from_pretrained(source, output_loading_info=True, **place, **kwargs)
+        loaded: Any = PixArtTransformer2DModel.from_pretrained(source, output_loading_info=True, **place, **kwargs)
     except Exception as error:  # what is missing, damaged or of another model fails in many ways
         raise ValueError(
             f"{source!r} holds no PixArt transformer that can be loaded ({_first_line(error)}); give the folder or Hub "
             "id of a PixArt pipeline, or the transformer itself."
         ) from error
+    pixart, info = loaded
     check_complete(source, {**info, "unexpected_keys": []})  # PixArt-alpha's file holds an embedding that nothing reads
     return pixart
 

@@ -145,7 +145,7 @@ def test_flow_samplers_carry_noise_along_a_constant_velocity(pipeline, name):
     assert close(draw(pipeline, num_inference_steps=6), noise - 1, 0.01)
 
 
-@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+@pytest.mark.parametrize("name", sorted(set(FLOW_SAMPLERS) - {"flow_match_heun"}))  # which is refused for them
 def test_flow_samplers_reach_a_constant_clean_picture(pipeline, name):
     torch.nn.init.zeros_(pipeline.transformer.proj_out.weight)
     torch.nn.init.constant_(pipeline.transformer.proj_out.bias, -1)
