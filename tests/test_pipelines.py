@@ -318,6 +318,33 @@ def test_lora_weights_are_saved_and_loaded(pipeline, tmp_path):
     assert close(draw(pipeline), adapted)
 
 
+def test_lora_adapters_are_weighed_fused_disabled_and_deleted_by_name(pipeline, tmp_path):
+    plain = draw(pipeline)
+    alone = {}
+    for seed, name in enumerate(("ink", "paper")):
+        torch.manual_seed(seed)
+        pipeline.transformer.add_adapter(LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights=False), name)
+        pipeline.set_adapters(name)
+        alone[name] = draw(pipeline)
+    assert not close(alone["ink"], alone["paper"]) and not close(alone["ink"], plain)
+    assert pipeline.get_list_adapters() == {"transformer": ["ink", "paper"]}
+
+    pipeline.set_adapters(["ink", "paper"], [1.0, 0.0])
+    assert close(draw(pipeline), alone["ink"]) and set(pipeline.get_active_adapters()) == {"ink", "paper"}
+    pipeline.disable_lora()
+    assert close(draw(pipeline), plain)
+    pipeline.enable_lora()
+    pipeline.delete_adapters("paper")
+    assert pipeline.get_list_adapters() == {"transformer": ["ink"]} and close(draw(pipeline), alone["ink"])
+
+    pipeline.set_adapters("ink", 1.0)
+    pipeline.fuse_lora(components=["transformer"], lora_scale=1.0)
+    fused = pipeline.transformer.transformer_blocks[0].attn.to_q
+    assert fused.merged and close(draw(pipeline), alone["ink"])
+    pipeline.unfuse_lora(components=["transformer"])
+    assert not fused.merged and close(draw(pipeline, attention_kwargs={"scale": 0.0}), plain)
+
+
 # Callbacks
 
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from localdit import LocalDiTTransformer2DModel
+from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from tests.released_reference import CAPTION, inputs
 
 PIXARTS = {
@@ -97,8 +97,17 @@ def test_the_learned_variance_of_a_pixart_is_left_to_no_sampler(make_pipeline, l
         rows[name] = rows[name].unflatten(0, (4, 8))[:, :4].flatten(0, 1)
     mean.load_state_dict(rows)
     alone = make_pipeline(vae=latent_components["vae"], transformer=mean.eval(), text_encoder=both.text_encoder)
-    pictures = [
-        pipe("a red seven", generator=torch.Generator().manual_seed(1), output_type="pt").images
-        for pipe in (both, alone)
-    ]
-    torch.testing.assert_close(*pictures)
+    image, mask = torch.full((1, 3, 16, 16), 0.3), torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    for pipeline_class, given in (
+        (LocalDiTPipeline, {}),
+        (LocalDiTImg2ImgPipeline, {"image": image, "strength": 0.5}),
+        (LocalDiTInpaintPipeline, {"image": image, "mask_image": mask, "strength": 0.5}),
+    ):
+        pictures = []
+        for pipe in (both, alone):
+            pipe = pipeline_class.from_pipe(pipe)
+            pipe.set_progress_bar_config(disable=True)
+            generator = torch.Generator().manual_seed(1)
+            pictures.append(pipe("a red seven", generator=generator, output_type="pt", **given).images)
+        torch.testing.assert_close(*pictures)
