@@ -272,7 +272,7 @@ def test_what_was_pushed_is_pulled_back_with_localdit_and_without(model_folder, 
     assert refused.returncode and "me/tiny" in refused.stderr
 
 
-def test_a_download_that_breaks_off_is_resumed_or_refused_but_never_half_a_model(model_folder, tmp_path, server):
+def test_a_download_that_breaks_off_is_had_again_or_refused_but_never_half_a_model(model_folder, tmp_path, server):
     push = PUSH.replace("private=True", 'revision="v1"')
     run(WITH + f"MODEL = {str(model_folder)!r}\n" + push, tmp_path, server)
     assert not server.branches["main"] and "model_index.json" in server.branches["v1"]
