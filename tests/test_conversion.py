@@ -51,6 +51,22 @@ def test_a_released_model_gives_the_outputs_of_the_reference(window_size, grid, 
         torch.testing.assert_close(model(**given).sample, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("global_branch", ["expected", "off"])
+def test_the_releases_own_code_runs_what_is_converted_to_its_format(global_branch):
+    source = released_model().state_dict()
+    model = LocalDiTTransformer2DModel.from_single_file(source, config={"sample_size": 32})
+    for parameter in model.parameters():  # trained since
+        torch.nn.init.normal_(parameter, std=0.2)
+    reference = released_model()
+    reference.load_state_dict(to_released(model.state_dict(), global_branch), strict=True)
+    for layer, block in enumerate(reference.transformer_blocks):
+        block.attn1.set_processor(ReleasedAttention(4, layer % 4, (4, 8), global_branch))
+    given = inputs(8, 16)
+    expected = reference(**given).sample
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).sample, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
 def test_the_two_readings_of_the_global_branch_differ(checkpoint):
     given = inputs(8, 8)
     with torch.no_grad():
@@ -304,6 +320,14 @@ def test_the_command_line_goes_there_and_back(checkpoint, checkpoint_file, tmp_p
     back = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(back[name], checkpoint[name]) for name in back) and len(back) == len(model.state_dict()) - 12
     assert 'load it with config={"sample_size": 32}' in capsys.readouterr().out
+    off = ["--dtype", "bfloat16", "--global_branch", "off"]
+    convert(["to-diffusers", str(checkpoint_file.parent), str(tmp_path / "half"), *off])
+    half = load_file(tmp_path / "half" / "diffusion_pytorch_model.safetensors")
+    name = "transformer_blocks.0.attn.to_out.0.weight"
+    assert torch.equal(half[name], checkpoint[name.replace(".attn.", ".attn1.")].bfloat16())
+    convert(["to-released", str(tmp_path / "half"), str(tmp_path / "again.safetensors"), "--global_branch", "off"])
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == checkpoint.keys() and all(tensor.dtype == torch.bfloat16 for tensor in again.values())
     with pytest.raises(ValueError, match="exists"):
         convert(["to-diffusers", str(checkpoint_file), str(tmp_path / "folder")])
     with pytest.raises(ValueError, match="--config 'oops' is no JSON"):

@@ -1,11 +1,14 @@
 """PixArt as a starting point: its own outputs with full attention, and a local model that learns."""
 
+import json
+
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTInpaintPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit.convert import main as convert
 from tests.released_reference import CAPTION, inputs
 
 PIXARTS = {
@@ -65,6 +68,21 @@ def test_a_pixart_starts_a_local_model_that_learns():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert model.transformer_blocks[0].attn.processor.context_embedding.grad.any()
+
+
+def test_the_command_line_makes_a_local_model_of_a_pixart(tmp_path, capsys):
+    source = pixart(**PIXARTS["sigma"])
+    source.save_pretrained(tmp_path / "pixart" / "transformer")
+    options = {"window": {"window_size": 2}}
+    mixers = ["--token_mixers", "window", "full", "--mixer_options", json.dumps(options), "--dtype", "bfloat16"]
+    convert(["from-pixart", str(tmp_path / "pixart"), str(tmp_path / "local"), *mixers])
+    assert "load it with from_pretrained" in capsys.readouterr().out
+    model = LocalDiTTransformer2DModel.from_pretrained(tmp_path / "local", dtype=torch.bfloat16)
+    assert tuple(model.config.token_mixers) == ("window", "full") and model.config.mixer_options == options
+    expected = source.transformer_blocks[1].attn2.to_v.weight.bfloat16()
+    assert torch.equal(model.transformer_blocks[1].cross_attn.to_v.weight, expected)
+    with pytest.raises(ValueError, match="token mixer 'widow' is not known"):
+        convert(["from-pixart", str(tmp_path / "pixart"), str(tmp_path / "other"), "--token_mixers", "widow"])
 
 
 def test_a_pixart_that_is_not_there_or_has_other_settings_is_refused(tmp_path):
