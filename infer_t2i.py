@@ -56,6 +56,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--num_images={arguments.num_images} makes {pictures} pictures; draw {MOST_PICTURES} at most."
         )
+    if arguments.seed is not None and arguments.seed + pictures > 2**32:
+        raise ValueError(f"--seed={arguments.seed} leaves no seeds for {pictures} pictures, which count up to 2**32.")
     check_device(arguments.device, arguments.dtype)
     check_output(arguments.output)
 
@@ -70,7 +72,7 @@ def sample_config(arguments: argparse.Namespace) -> SampleConfig:
         num_inference_steps=arguments.num_inference_steps,
         guidance_scale=arguments.guidance_scale,
         strength=getattr(arguments, "strength", None),
-        seed=arguments.seed if arguments.seed is not None else torch.seed() % 2**32,
+        seed=arguments.seed if arguments.seed is not None else torch.seed() % (2**32 - MOST_PICTURES),
         num_images=arguments.num_images,
     )
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+MOST_TOKENS = 2**24  # of one picture; 65,536 pixels a side with a VAE of 8 and patches of 2
+
 
 def check_number(name: str, value: Any) -> None:
     """Raise unless `value` is a finite number; True and False are none."""
@@ -41,6 +43,9 @@ class LocalDiTChecksMixin:
                     f"{name}={side} is not a positive multiple of {token} pixels (one token); "
                     f"the nearest that are: {below} and {below + token}."
                 )
+        tokens = (height // token) * (width // token)
+        if tokens > MOST_TOKENS:
+            raise ValueError(f"height={height} and width={width} make {tokens} tokens; choose at most {MOST_TOKENS}.")
 
     def check_prompts(
         self,

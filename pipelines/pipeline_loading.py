@@ -1,8 +1,10 @@
 """A pipeline's folder: what is missing or damaged in it is named in one sentence, before anything is loaded."""
 
 import json
+import logging
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ class LocalDiTLoadingMixin:
         parts: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         dtypes = [part.dtype for part in parts]
         # it casts everything to one precision; through fp32 the others come back to the bit
-        made = super().from_pipe(pipeline, **kwargs, dtype=dtypes[0] if len(set(dtypes)) == 1 else torch.float32)
+        with _casting_quietly():
+            made = super().from_pipe(pipeline, **kwargs, dtype=dtypes[0] if len(set(dtypes)) == 1 else torch.float32)
         for part, dtype in zip(parts, dtypes, strict=True):
             if part.dtype != dtype:
                 part.to(dtype)
@@ -71,6 +74,21 @@ class LocalDiTLoadingMixin:
             config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
         if any(type(part).__module__.startswith(REMOTE_CODE) for part in (self, self.transformer)):
             _save_remote_code(self, Path(save_directory))
+
+
+@contextmanager
+def _casting_quietly():
+    """Inside, diffusers does not warn that a cast may cost precision."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+
+    def passes(record: logging.LogRecord) -> bool:
+        return "kept in float32" not in str(record.msg)
+
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
 
 
 def _save_remote_code(pipeline, folder: Path) -> None:
@@ -120,6 +138,7 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
         raise ValueError(
             f"{folder} holds a {kind}; use LocalDiTTransformer2DModel.from_pixart; give it as transformer=."
         )
+    _check_text_width(folder, given)
     for name, entry in index.items():
         if name in CONFIG_FILES and name not in given and isinstance(entry, list) and any(entry):
             _read_json(folder / name / CONFIG_FILES[name])
@@ -129,6 +148,17 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
                 _check_weights(folder / name)
             if name == "text_encoder":
                 _check_text_encoder(folder / name, entry[1])
+
+
+def _check_text_width(folder: Path, given: dict[str, Any]) -> None:
+    files = [folder / name / "config.json" for name in ("text_encoder", "transformer")]
+    if {"text_encoder", "transformer"} & {*given} or not all(file.is_file() for file in files):
+        return
+    width, channels = _read_json(files[0]).get("d_model"), _read_json(files[1]).get("caption_channels")
+    if width is not None and channels != width:
+        raise ValueError(
+            f"{files[1]} has caption_channels={channels}, but the text encoder's states are {width} wide; {WAY_OUT}."
+        )
 
 
 def _check_weights(folder: Path) -> None:

@@ -33,6 +33,7 @@ def ids(value):
 SIZES = [
     ({"height": 17}, ["height=17", "multiple of 2", "16 and 18"]),
     ({"width": -4}, ["width=-4", "2 and 4"]),
+    ({"height": 2**16, "width": 2**16}, ["height=65536 and width=65536 make 1073741824 tokens", "16777216"]),
     ({"height": 0}, ["height=0", "2 and 4"]),
     ({"height": "16"}, ["height='16'", "give an int"]),
     ({"width": 16.0}, ["width=16.0", "give an int"]),
@@ -280,6 +281,11 @@ def rename(folder, old: str, new: str | None, file: str = WEIGHTS):
     save_file(weights if new is None else {**weights, new: tensor}, folder / file, metadata={"format": "pt"})
 
 
+def reconfigure(folder, **changes):
+    file = folder / "transformer/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 DAMAGES = {
     "empty": (lambda folder: [shutil.rmtree(folder), folder.mkdir()], ["model_index.json", "missing"]),
     "index cut": (lambda folder: truncate(folder / "model_index.json"), ["model_index.json", "damaged"]),
@@ -294,6 +300,10 @@ DAMAGES = {
     "text tensor missing": (
         lambda folder: rename(folder, "encoder.final_layer_norm.weight", None, "text_encoder/model.safetensors"),
         ["text_encoder", "lack 1 tensor(s) (encoder.final_layer_norm.weight"],
+    ),
+    "text of another width": (
+        lambda folder: reconfigure(folder, caption_channels=64),
+        ["caption_channels=64", "24 wide"],
     ),
     "no config": (lambda folder: (folder / "transformer/config.json").unlink(), ["transformer/config.json", "missing"]),
     "no component": (lambda folder: shutil.rmtree(folder / "scheduler"), ["scheduler_config.json", "missing"]),
@@ -311,11 +321,6 @@ def test_a_damaged_folder_is_named_with_the_file(folder, damage):
         assert "copy or download the folder anew" in message
 
 
-def reconfigure(folder, **changes):
-    file = folder / "transformer/config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
 WRONG_WEIGHTS = {
     "tensor missing": (
         lambda folder: rename(folder, "scale_shift_table", None),
@@ -323,6 +328,7 @@ WRONG_WEIGHTS = {
     ),
     "tensor renamed": (lambda folder: rename(folder, "proj_out.bias", "bias"), ["lack 1", "hold unknown 1", "(bias"]),
     "more layers": (lambda folder: reconfigure(folder, num_layers=5), ["lack", "transformer_blocks.2"]),
+    "unknown setting": (lambda folder: reconfigure(folder, foo=2), ["unknown setting(s) ['foo']; correct"]),
     "misspelt setting": (lambda folder: reconfigure(folder, num_layer=2), ["unknown", "['num_layer']", "'num_layers'"]),
     "fewer layers": (lambda folder: reconfigure(folder, num_layers=1), ["hold unknown", "transformer_blocks.1"]),
 }

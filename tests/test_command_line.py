@@ -159,6 +159,7 @@ def refused(result, program, phrases):
         (["--dtype", "int8"], ["--dtype", "'int8'", "bfloat16"]),
         (["--output", "a.jpg"], ["'a.jpg'", ".png"]),
         (["--output", "file/a.png"], ["'file/a.png'", "choose another"]),
+        (["--seed", "4294967295", "--num_images", "2"], ["--seed=4294967295", "for 2 pictures", "2**32"]),
         (["--num_images", "1001"], ["--num_images=1001", "1000 at most"]),
         (["--output", "folder.png", "--overwrite"], ["'folder.png'", "cannot be written", "is a folder"]),
         (["--model", "./nowhere"], ["--model './nowhere'", "does not exist"]),

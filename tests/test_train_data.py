@@ -1,7 +1,9 @@
 """What the trainer reads: its order, its pictures, their captions."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config import (
     DataConfig,
@@ -54,6 +56,40 @@ def test_image_folder_of_classes_labels_by_folder(picture_folder):
     data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, condition="label")
     assert data.classes == ["cat", "dog"]
     assert sorted(data[index]["label"] for index in range(6)) == [0, 0, 0, 1, 1, 1]
+
+
+def test_pictures_are_turned_as_their_camera_was_held(picture_folder):
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, 16:] = 255
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the right side was up
+    for path in picture_folder.glob("*/*.png"):
+        Image.fromarray(pixels).save(path, exif=turned)
+    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, condition="caption")
+    image = data[0]["image"]
+    assert (image[:, :15] == -1).all() and (image[:, 17:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("line", "phrase"),
+    [
+        ('{"file_name": "cat/0.png", "text": 5}', "Line 2 of .*metadata.jsonl is not"),
+        ('{"text": "a cat"}', "Line 2 of .*metadata.jsonl is not"),
+        ("[]", "Line 2 of .*metadata.jsonl is not"),
+        ("{", "Line 2 of .*metadata.jsonl is not"),
+    ],
+)
+def test_a_line_of_metadata_that_cannot_be_read_is_named(picture_folder, line, phrase):
+    first = '{"file_name": "cat/1.png", "text": "a cat"}'
+    (picture_folder / "metadata.jsonl").write_text(f"{first}\n{line}\n")
+    with pytest.raises(ValueError, match=phrase):
+        ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, condition="caption")
+
+
+def test_a_caption_in_another_encoding_is_named(picture_folder):
+    (picture_folder / "dog" / "1.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"dog.1\.txt is not UTF-8 .*; save it as UTF-8"):
+        ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, condition="caption")
 
 
 def test_a_picture_without_caption_and_an_unreadable_one_are_named(picture_folder):

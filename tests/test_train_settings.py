@@ -1,6 +1,7 @@
 """A run's settings: what is refused, what a checkpoint wants kept, what a command line says."""
 
 import dataclasses
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -155,6 +156,30 @@ def test_a_resumed_run_tells_what_is_set_otherwise_than_before(tmp_path, caplog)
     assert [message for message in caplog.messages if "Resumed" in message] == [told]
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_resumed_run_follows_its_own_settings_and_not_the_checkpoints(tmp_path, name):
+    before = OptimizerConfig(name=name, warmup_steps=1, ema_decay=0.9)
+    Trainer(tiny_config(tmp_path, max_steps=2, optimizer=before)).train()
+    rates = {"learning_rate": 1e-5, "muon_learning_rate": 2e-5, "weight_decay": 0.3, "betas": (0.8, 0.95)}
+    changed = replace(before, **rates, ema_decay=0.5)
+    trainer = Trainer(tiny_config(tmp_path, max_steps=4, log_every=1, resume="latest", optimizer=changed))
+    fresh = Trainer(tiny_config(tmp_path / "fresh", max_steps=4, optimizer=changed))
+    for resumed, new in zip(trainer.optimizers, fresh.optimizers, strict=True):
+        for mine, theirs in zip(resumed.param_groups, new.param_groups, strict=True):
+            same = {key for key in mine if key not in ("params", "lr")}
+            assert {key: mine[key] for key in same} == {key: theirs[key] for key in same}
+            assert mine["lr"] == mine["initial_lr"]  # the warm-up is over
+    assert trainer.ema.decay == 0.5
+    trainer.train()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["learning_rate"] == 1e-5
+
+
+def test_a_size_that_is_not_the_datas_is_told(tmp_path, caplog):
+    Trainer(replace(TINY, output_dir=str(tmp_path), model=replace(TINY.model, sample_size=80)))
+    assert any("model.sample_size=80, but the data is 64 wide" in message for message in caplog.messages)
+
+
 def test_a_finished_run_can_be_resumed_to_save_its_pipeline(tmp_path):
     Trainer(tiny_config(tmp_path, max_steps=1)).train()
     shutil.rmtree(tmp_path / "pipeline")
@@ -247,11 +272,14 @@ def test_every_recipe_is_a_valid_config(recipe):
         (["--max_steps", "many"], '"max_steps": Expected int. Got value: many'),
         (["--objective.process", "magic"], "Expected one of ['flow', 'diffusion']. Got value: magic"),
         (["--config", "nowhere.yaml"], "File does not exist"),
+        (["--config", "{folder}/empty.yaml"], "The recipe is empty; give one like those in train/recipes."),
+        (["--model.foo", "3"], "unrecognized arguments: --model.foo 3; python -m train --help lists all settings."),
         (["--config", "{folder}/recipe.yaml"], "Option 'modle.num_layers' is not accepted; did you mean"),
     ],
 )
 def test_a_wrong_command_line_ends_with_one_line_and_exit_code_2(tmp_path, arguments, message, capsys):
     (tmp_path / "recipe.yaml").write_text("modle: {num_layers: 3}\n")
+    (tmp_path / "empty.yaml").touch()
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
     with pytest.raises(SystemExit) as caught:
         run("train", lambda: parse(TrainConfig, "train", ["--config", "train/recipes/digit_scenes.yaml", *arguments]))

@@ -17,6 +17,7 @@ from tests.small_transformers import (
     [
         ({"caption_channels": 8, "num_classes": 3}, ["caption_channels=8", "num_classes=3", "exclude"]),
         ({"patch_size": 17}, ["patch_size=17", "sample_size=16"]),
+        ({"patch_size": 3}, ["sample_size=16", "multiple of patch_size=3"]),
         ({"patch_size": 0}, ["patch_size=0", "at least 1"]),
         ({"token_mixers": ()}, ["token_mixers is empty", "'full'", "'window'"]),
         ({"token_mixers": ("window", "widow")}, ["'widow'", "'full'", "'window'"]),
@@ -72,6 +73,9 @@ def assert_is_one_helpful_sentence(refusal, words):
         ({}, {"hidden_states": torch.zeros(2, 3, 12, 16)}, ["[2, 3, 12, 16]", "[batch, 4, height, width]"]),
         ({}, {"hidden_states": torch.zeros(4, 12, 16)}, ["[4, 12, 16]", "[batch, 4, height, width]"]),
         ({}, {"timestep": None}, ["timestep is missing", "[batch]"]),
+        ({}, {"timestep": torch.zeros(3)}, ["timestep has shape [3]", "[2]"]),
+        ({}, {"hidden_states": torch.zeros(2, 4, 12, 16, dtype=torch.long)}, ["torch.int64", "floating-point"]),
+        ({}, {"encoder_attention_mask": torch.ones(2, 3)}, ["encoder_attention_mask has shape [2, 3]", "[2, 6]"]),
         ({}, {"encoder_hidden_states": None}, ["encoder_hidden_states is missing", "text"]),
         ({}, {"encoder_hidden_states": torch.zeros(2, 6, 21)}, ["21 wide", "caption_channels=20"]),
         (CLASSES, {"class_labels": None}, ["class_labels is missing", "0 to 4", "5 for no label"]),

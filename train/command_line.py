@@ -34,10 +34,19 @@ def explained(message: str, known: list[str]) -> str:
     """A parser's message as one sentence, with the settings whose names are nearest to an unknown one."""
     message = " ".join(message.replace("Parser key ", "").split())
     message = re.sub(r"a <class '(\w+)'>", r"\1", message).replace("Expected a typing.Literal", "Expected one of ")
+    if message.strip() == "Unexpected config:":
+        return "The recipe is empty; give one like those in train/recipes."
     unknown = UNKNOWN.search(message)
-    near = difflib.get_close_matches(unknown["name"], known, n=2, cutoff=0.7) if unknown else []
+    near = nearest(unknown["name"], known) if unknown else []
     hint = f" did you mean {' or '.join(near)}?" if near else " python -m train --help lists all settings."
     return f"{message};{hint}" if unknown else message
+
+
+def nearest(name: str, known: list[str]) -> list[str]:
+    """The known dotted names, two at most, whose last parts are like the last part of `name`."""
+    last = name.rpartition(".")[2]
+    alike = [other for other in known if difflib.get_close_matches(last, [other.rpartition(".")[2]], cutoff=0.7)]
+    return difflib.get_close_matches(name, alike, n=2, cutoff=0.5)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The networks of a run: built or loaded, wrapped for training, made into a pipeline."""
 
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from config import DataConfig, ModelConfig, SampleConfig, TextEncoderConfig, TrainConfig
 from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from train.objective import sampling_scheduler
+
+logger = logging.getLogger(__name__)
 
 
 def build_tokenizer(words: list[str], max_length: int) -> PreTrainedTokenizerFast:
@@ -253,6 +256,13 @@ def check_networks(networks: Networks, data: DataConfig, channels: int, classes:
     token = model.patch_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
     if data.resolution % token:
         raise ValueError(f"data.resolution={data.resolution} is not a multiple of {token} pixels (one token).")
+    side = data.resolution // (token // model.patch_size)
+    if model.sample_size != side:
+        logger.warning(
+            "model.sample_size=%d, but the data is %d wide for the model; without a size the pipeline will draw "
+            "pictures of %d pixels.",
+            *(model.sample_size, side, model.sample_size * token // model.patch_size),
+        )
     if model.out_channels not in (None, channels, 2 * channels):
         raise ValueError(
             f"model.out_channels={model.out_channels} is neither null nor {channels}, nor the {2 * channels} of a "

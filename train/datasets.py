@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from config import DataConfig
@@ -130,7 +130,8 @@ class ImageFolder(Dataset):
         path = self.files[row]
         try:
             with Image.open(path) as image:
-                pixels = np.asarray(crop_to_square(image.convert("RGB"), self.resolution))
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+                pixels = np.asarray(crop_to_square(upright, self.resolution))
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a picture ({error}); repair or remove it.") from error
         item: dict = {"image": to_tensor(pixels)}
@@ -149,20 +150,24 @@ def read_captions(root: Path, files: list[Path]) -> list[str]:
     """
     metadata = {}
     listing = root / "metadata.jsonl"
-    lines = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
+    lines = read_text(listing).splitlines() if listing.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
+            if not isinstance(entry["text"], str):
+                raise TypeError("its text is no text")
             metadata[root / entry["file_name"]] = entry["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'Line {number} of {listing} is not {{"file_name": ..., "text": ...}}.') from error
+            raise ValueError(
+                f'Line {number} of {listing} is not {{"file_name": "...", "text": "..."}}; correct it.'
+            ) from error
     captions, missing = [], []
     for file in files:
         text = file.with_suffix(".txt")
         if file in metadata:
             captions.append(metadata[file])
         elif text.is_file():
-            captions.append(text.read_text(encoding="utf-8").strip())
+            captions.append(read_text(text).strip())
         else:
             missing.append(file)
     if missing:
@@ -171,6 +176,14 @@ def read_captions(root: Path, files: list[Path]) -> list[str]:
             "same name or into metadata.jsonl, or set model.caption_channels to null and train on classes or nothing."
         )
     return captions
+
+
+def read_text(file: Path) -> str:
+    """The text of a file; raises a ValueError that names it where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
 
 
 @lru_cache(maxsize=2)

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -12,19 +13,18 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import nn
 from tqdm.auto import tqdm
 
-from config import OptimizerConfig, TrainConfig
-from localdit.mixers.base import TokenMixer
+from config import TrainConfig
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from train.components import Denoiser, build_networks, check_networks, check_samples, model_settings
+from train.components import build_networks, check_networks, check_samples, model_settings
 from train.data import MicroStepSampler, build_loader
 from train.datasets import Condition, DigitScenes, ImageFolder, build_dataset
 from train.objective import Objective
+from train.optimizers import build_optimizers, build_schedules, own_settings, restore_settings
 from train.settings import as_plain, check_run, save_settings
 
 
@@ -61,28 +61,20 @@ class Trainer:
         if self.networks.vae is not None:
             self.networks.vae.to(self.accelerator.device)
         if config.compile:
+            # torch's own note on layer norms under autocast, which nothing here can change
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             self.denoiser.transformer.compile_repeated_blocks()
         self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         optimizers = build_optimizers(self.denoiser, config.optimizer)
-        schedules = [
-            get_scheduler(
-                config.optimizer.lr_scheduler,
-                optimizer,
-                # accelerate steps the schedule once per process
-                num_warmup_steps=config.optimizer.warmup_steps * self.accelerator.num_processes,
-                num_training_steps=config.max_steps * self.accelerator.num_processes,
-                num_cycles=config.optimizer.lr_cycles,
-            )
-            for optimizer in optimizers
-        ]
+        schedules = build_schedules(optimizers, config.optimizer, config.max_steps, self.accelerator.num_processes)
         self.model = self.accelerator.prepare(self.denoiser)
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
         self.schedules = [self.accelerator.prepare(schedule) for schedule in schedules]
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
-        self.first_step = load_checkpoint(self.accelerator, resume) if resume else 0
+        self.first_step = self._resume(resume) if resume else 0
         sampler = MicroStepSampler(
             config.batch_size,
             first=self.first_step * config.gradient_accumulation_steps,
@@ -91,6 +83,15 @@ class Trainer:
             world_size=self.accelerator.num_processes,
         )
         self.loader = build_loader(dataset, sampler, config.data.num_workers)
+
+    def _resume(self, checkpoint: Path) -> int:
+        """Restore a checkpoint, under this run's settings rather than the checkpoint's; returns the steps done."""
+        own = own_settings(self.optimizers)
+        step = load_checkpoint(self.accelerator, checkpoint)
+        restore_settings(self.optimizers, self.schedules, own)
+        if self.ema is not None:
+            self.ema.decay = self.config.optimizer.ema_decay
+        return step
 
     def train(self) -> None:
         """Run from the first step to the last, then save the pipeline."""
@@ -271,7 +272,7 @@ class Trainer:
         dtype = getattr(torch, self.config.save_dtype)
         networks.denoiser.to(dtype)
         if networks.vae is not None:
-            networks.vae.to(dtype=dtype)
+            nn.Module.to(networks.vae, dtype)  # diffusers' own warns of modules to keep in fp32, of which it has none
         networks.pipeline(self.config).save_pretrained(self.output_dir / "pipeline")
 
 
@@ -280,35 +281,3 @@ def condition_of(model: Mapping[str, Any]) -> Condition | None:
     if model["caption_channels"] is not None:
         return "caption"
     return "label" if model["num_classes"] is not None else None
-
-
-def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon beside it if asked; weight decay is on the matrices of linear layers and convolutions only."""
-    matrices = {id(part.weight) for part in denoiser.modules() if isinstance(part, nn.Linear | nn.Conv2d)}
-    blocks = denoiser.transformer.transformer_blocks
-    hidden = {id(part.weight) for part in blocks.modules() if isinstance(part, nn.Linear)}
-    if config.name == "adamw":
-        hidden = set()
-    slow = {
-        id(part.get_parameter(name))
-        for part in denoiser.modules()
-        if isinstance(part, TokenMixer)
-        for name in part.slow_parameters
-    }
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    by_muon = [parameter for parameter in trained if id(parameter) in hidden]
-    decayed = [parameter for parameter in trained if id(parameter) in matrices - hidden]
-    plain = [parameter for parameter in trained if id(parameter) not in matrices | slow]
-    slowly = [parameter for parameter in trained if id(parameter) in slow]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-        {"params": slowly, "weight_decay": 0.0, "lr": min(config.learning_rate, config.slow_learning_rate)},
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas),
-    ]
-    if by_muon:
-        optimizers.append(torch.optim.Muon(by_muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
-    return optimizers

@@ -62,9 +62,10 @@ class LoadingMixin:
         unknown = {name for name in config_dict if not name.startswith("_")} - known - {"quantization_config"}
         if unknown:
             near = sorted({match for name in unknown for match in difflib.get_close_matches(name, known, n=1)})
+            hint = f", this model's nearest are {near}" if near else ""
             raise ValueError(
-                f"config.json has unknown setting(s) {reprlib.repr(sorted(unknown))}, this model's nearest are {near}; "
-                "correct or remove them (a PixArt loads by from_pixart)."
+                f"config.json has unknown setting(s) {reprlib.repr(sorted(unknown))}{hint}; correct or remove them "
+                "(a PixArt loads by from_pixart)."
             )
         return super().extract_init_dict(config_dict, **kwargs)
 

@@ -218,6 +218,7 @@ class LocalDiTTransformer2DModel(
             num_layers, token_mixers, mixer_options, num_attention_heads, attention_head_dim, rope_theta
         )
 
+        self._keep_in_fp32_modules = fp32_modules(token_mixers)
         self.inner_dim = dim
         self.out_channels = out_channels or in_channels
         self.use_additional_conditions = use_additional_conditions
@@ -304,6 +305,7 @@ class LocalDiTTransformer2DModel(
             mixer._attention_backend = old._attention_backend
             mixer.requires_grad_(next(block.parameters()).requires_grad)  # a frozen model stays frozen
             block.attn.set_processor(mixer.to(self.device, self.dtype))
+        self._keep_in_fp32_modules = fp32_modules(token_mixers)
         self.register_to_config(token_mixers=token_mixers, mixer_options=deepcopy(mixer_options))
 
     @apply_lora_scale("attention_kwargs")
@@ -337,14 +339,16 @@ class LocalDiTTransformer2DModel(
         Raises:
             ValueError: for sizes that are not whole patches, widths that do not match, or a missing condition.
         """
-        self._check_inputs(hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels)
+        self._check_inputs(
+            hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, encoder_attention_mask, class_labels
+        )
         batch_size, _, height, width = hidden_states.shape
         timestep = torch.as_tensor(timestep, device=hidden_states.device).expand(batch_size)
         patch_size = self.config.patch_size
         grid = height // patch_size, width // patch_size
 
         hidden_states = self.pos_embed(hidden_states)  # [B, N, C]
-        sizes = added_cond_kwargs or {"resolution": None, "aspect_ratio": None}
+        sizes = {"resolution": None, "aspect_ratio": None, **(added_cond_kwargs or {})}
         condition = self.adaln_single.emb(
             timestep, **sizes, batch_size=batch_size, hidden_dtype=hidden_states.dtype
         )  # [B, C]
@@ -376,7 +380,9 @@ class LocalDiTTransformer2DModel(
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
 
-    def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels) -> None:
+    def _check_inputs(
+        self, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, encoder_attention_mask, class_labels
+    ) -> None:
         config = self.config
         if hidden_states.ndim != 4 or hidden_states.shape[1] != config.in_channels:
             raise ValueError(
@@ -389,8 +395,13 @@ class LocalDiTTransformer2DModel(
                 f"hidden_states is {height} x {width}, which is not a whole number of tokens; "
                 f"give sides that are multiples of patch_size={config.patch_size}."
             )
+        if not hidden_states.is_floating_point():
+            raise ValueError(f"hidden_states is of {hidden_states.dtype}; give a floating-point tensor.")
         if timestep is None:
             raise ValueError("timestep is missing; give a tensor of shape [batch] with values in [0, 1000].")
+        batch_size = len(hidden_states)
+        if isinstance(timestep, torch.Tensor) and timestep.shape not in ((), (1,), (batch_size,)):
+            raise ValueError(f"timestep has shape {list(timestep.shape)}; give one number, or [{batch_size}].")
         if self.caption_projection is not None:
             if encoder_hidden_states is None:
                 raise ValueError("encoder_hidden_states is missing; this model is conditioned on text.")
@@ -398,6 +409,13 @@ class LocalDiTTransformer2DModel(
                 raise ValueError(
                     f"encoder_hidden_states is {encoder_hidden_states.shape[-1]} wide, but this model was made for "
                     f"caption_channels={config.caption_channels}; use the text encoder it was trained with."
+                )
+            tokens = encoder_hidden_states.shape[1]
+            allowed = ((batch_size, tokens), (1, tokens), (batch_size, 1, tokens), (1, 1, tokens))
+            if encoder_attention_mask is not None and encoder_attention_mask.shape not in allowed:
+                raise ValueError(
+                    f"encoder_attention_mask has shape {list(encoder_attention_mask.shape)} for {batch_size} texts of "
+                    f"{tokens} tokens; give [{batch_size}, {tokens}] or a bias [{batch_size}, 1, {tokens}]."
                 )
         elif encoder_hidden_states is not None:
             raise ValueError("encoder_hidden_states was given, but this model has no text; leave it out.")
@@ -451,8 +469,8 @@ def _check_sizes(
         raise ValueError(
             f"num_attention_heads * attention_head_dim = {dim} is not a multiple of 4, as the sin-cos positions need."
         )
-    if sample_size < patch_size:
-        raise ValueError(f"patch_size={patch_size} must be at most sample_size={sample_size}.")
+    if sample_size % patch_size:
+        raise ValueError(f"sample_size={sample_size} is not a multiple of patch_size={patch_size}.")
     if caption_channels and num_classes:
         raise ValueError(
             f"caption_channels={caption_channels} and num_classes={num_classes} exclude each other; set one to None."
@@ -462,6 +480,11 @@ def _check_sizes(
             f"use_additional_conditions splits the width {dim} into three; choose a width that is a multiple of 3, "
             "or use_additional_conditions=False."
         )
+
+
+def fp32_modules(token_mixers: tuple[str, ...]) -> list[str] | None:
+    """What diffusers is to keep in fp32, and to warn of where it cannot, for a model of these mixers."""
+    return LocalDiTTransformer2DModel._keep_in_fp32_modules if "ssm" in token_mixers else None
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:

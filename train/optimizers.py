@@ -1,0 +1,88 @@
+"""The optimizers of a run: which parameter goes where, at which rate, and what a resumed run may change."""
+
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from config import OptimizerConfig
+from localdit.mixers.base import TokenMixer
+from train.components import Denoiser
+
+
+def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon beside it if asked; weight decay is on the matrices of linear layers and convolutions only."""
+    matrices = {id(part.weight) for part in denoiser.modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    blocks = denoiser.transformer.transformer_blocks
+    hidden = {id(part.weight) for part in blocks.modules() if isinstance(part, nn.Linear)}
+    if config.name == "adamw":
+        hidden = set()
+    slow = {
+        id(part.get_parameter(name))
+        for part in denoiser.modules()
+        if isinstance(part, TokenMixer)
+        for name in part.slow_parameters
+    }
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    by_muon = [parameter for parameter in trained if id(parameter) in hidden]
+    decayed = [parameter for parameter in trained if id(parameter) in matrices - hidden]
+    plain = [parameter for parameter in trained if id(parameter) not in matrices | slow]
+    slowly = [parameter for parameter in trained if id(parameter) in slow]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": slowly, "weight_decay": 0.0, "lr": min(config.learning_rate, config.slow_learning_rate)},
+    ]
+    groups = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas),
+    ]
+    if by_muon:
+        optimizers.append(torch.optim.Muon(by_muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+    return optimizers
+
+
+def build_schedules(
+    optimizers: list[torch.optim.Optimizer], config: OptimizerConfig, max_steps: int, num_processes: int
+) -> list[torch.optim.lr_scheduler.LambdaLR]:
+    """The learning rates' course for each optimizer; accelerate steps it once per process."""
+    return [
+        get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.warmup_steps * num_processes,
+            num_training_steps=max_steps * num_processes,
+            num_cycles=config.lr_cycles,
+        )
+        for optimizer in optimizers
+    ]
+
+
+def own_settings(optimizers: list) -> list[list[dict[str, Any]]]:
+    """The settings of each optimizer's groups, such as rates and weight decay, without the parameters."""
+    return [
+        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def restore_settings(optimizers: list, schedules: list, settings: list[list[dict[str, Any]]]) -> None:
+    """Give the groups the settings that they were built with, at the place of the schedule where a checkpoint left it.
+
+    A checkpoint brings its own, so that without this a resumed run would not hear of a changed learning rate.
+
+    Args:
+        optimizers, schedules: as `accelerate.Accelerator.prepare` returns them.
+        settings: what `own_settings` told of them before the checkpoint was loaded.
+    """
+    for optimizer, prepared, groups in zip(optimizers, schedules, settings, strict=True):
+        schedule = prepared.scheduler
+        schedule.base_lrs = [group["initial_lr"] for group in groups]
+        rates = [
+            rate * factor(schedule.last_epoch)
+            for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, own, rate in zip(optimizer.param_groups, groups, rates, strict=True):
+            group.update(own, lr=rate)
+        schedule._last_lr = rates
