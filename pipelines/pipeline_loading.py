@@ -54,9 +54,9 @@ class LocalDiTLoadingMixin:
         # it casts everything to one precision; through fp32 the others come back to the bit
         with _casting_quietly():
             made = super().from_pipe(pipeline, **kwargs, dtype=dtypes[0] if len(set(dtypes)) == 1 else torch.float32)
-        for part, dtype in zip(parts, dtypes, strict=True):
-            if part.dtype != dtype:
-                part.to(dtype)
+            for part, dtype in zip(parts, dtypes, strict=True):
+                if part.dtype != dtype:
+                    part.to(dtype)
         return made
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class LocalDiTLoadingMixin:
 
 @contextmanager
 def _casting_quietly():
-    """Inside, diffusers does not warn that a cast may cost precision."""
+    """Inside, diffusers does not warn that a cast may cost precision, as it does of any model and any cast."""
     logger = logging.getLogger("diffusers.models.modeling_utils")
 
     def passes(record: logging.LogRecord) -> bool:

@@ -32,6 +32,7 @@ def test_from_pipe_leaves_every_component_in_its_own_precision(pipeline, caplog)
     pipeline.text_encoder.half()
     pipeline.transformer.to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
+    caplog.clear()
     made = LocalDiTImg2ImgPipeline.from_pipe(pipeline)
     assert not caplog.messages, "nothing to warn of"
     assert (made.text_encoder.dtype, made.transformer.dtype) == (torch.float16, torch.bfloat16)

@@ -218,7 +218,6 @@ class LocalDiTTransformer2DModel(
             num_layers, token_mixers, mixer_options, num_attention_heads, attention_head_dim, rope_theta
         )
 
-        self._keep_in_fp32_modules = fp32_modules(token_mixers)
         self.inner_dim = dim
         self.out_channels = out_channels or in_channels
         self.use_additional_conditions = use_additional_conditions
@@ -305,7 +304,6 @@ class LocalDiTTransformer2DModel(
             mixer._attention_backend = old._attention_backend
             mixer.requires_grad_(next(block.parameters()).requires_grad)  # a frozen model stays frozen
             block.attn.set_processor(mixer.to(self.device, self.dtype))
-        self._keep_in_fp32_modules = fp32_modules(token_mixers)
         self.register_to_config(token_mixers=token_mixers, mixer_options=deepcopy(mixer_options))
 
     @apply_lora_scale("attention_kwargs")
@@ -480,11 +478,6 @@ def _check_sizes(
             f"use_additional_conditions splits the width {dim} into three; choose a width that is a multiple of 3, "
             "or use_additional_conditions=False."
         )
-
-
-def fp32_modules(token_mixers: tuple[str, ...]) -> list[str] | None:
-    """What diffusers is to keep in fp32, and to warn of where it cannot, for a model of these mixers."""
-    return LocalDiTTransformer2DModel._keep_in_fp32_modules if "ssm" in token_mixers else None
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
