@@ -272,11 +272,12 @@ def test_what_was_pushed_is_pulled_back_with_localdit_and_without(model_folder, 
     assert refused.returncode and "me/tiny" in refused.stderr
 
 
-def test_a_download_that_breaks_off_is_had_again_or_refused_but_never_half_a_model(model_folder, tmp_path, server):
+def test_a_download_that_breaks_off_is_resumed_or_refused_but_never_half_a_model(model_folder, tmp_path, server):
     push = PUSH.replace("private=True", 'revision="v1"')
     run(WITH + f"MODEL = {str(model_folder)!r}\n" + push, tmp_path, server)
     assert not server.branches["main"] and "model_index.json" in server.branches["v1"]
-    pull = WITH + 'draw(DiffusionPipeline.from_pretrained("me/tiny", revision="v1"), "pulled.pt")\n'
+    small_bites = "import huggingface_hub.constants\nhuggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000\n"
+    pull = WITH + small_bites + 'draw(DiffusionPipeline.from_pretrained("me/tiny", revision="v1"), "pulled.pt")\n'
     server.cuts = 10**6
     broken = run(pull, tmp_path, server, check=False)
     assert broken.returncode and not (tmp_path / "pulled.pt").exists()
@@ -286,8 +287,7 @@ def test_a_download_that_breaks_off_is_had_again_or_refused_but_never_half_a_mod
     pushed, pulled = pictures(tmp_path, "pushed", "pulled")
     assert torch.equal(pushed, pulled)
     assert not server.cuts, "one download broke off"
-    whole = [name for name, _ in server.downloads if name.endswith(".safetensors")]
-    assert len(whole) > len(set(whole)), "and was asked for again"
+    assert any(first for _, first in server.downloads), "and went on where it was"
 
 
 def test_a_misspelt_argument_is_refused_before_anything_is_made(pipeline, tmp_path, monkeypatch):
