@@ -64,7 +64,10 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("it names no files")
+        return sorted(names)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged: it is no JSON with a weight_map; download it anew.") from error
 
@@ -185,6 +188,8 @@ def from_released(
         if DEAD.fullmatch(name):
             dead[name] = tensor
         elif ".attn1.to_qkv." in name:
+            if not tensor.ndim or tensor.shape[0] % 3:
+                raise ValueError(f"{name} is {list(tensor.shape)}, no fused query, key and value; download it anew.")
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
                 live[name.replace(".attn1.to_qkv.", f".attn.to_{part}.")] = (
                     piece.clone()
@@ -320,6 +325,10 @@ def load_pixart(source: str | os.PathLike | PixArtTransformer2DModel, **kwargs: 
     """A PixArt transformer: given, or of a pipeline's or the transformer's own folder or Hub id."""
     if isinstance(source, PixArtTransformer2DModel):
         return source
+    if not isinstance(source, str | os.PathLike):
+        raise TypeError(
+            f"from_pixart was given a {type(source).__name__}; give a PixArtTransformer2DModel or its folder."
+        )
     source = os.fspath(source)
     in_pipeline = "subfolder" not in kwargs and not os.path.isfile(os.path.join(source, "config.json"))
     place = {"subfolder": "transformer"} if in_pipeline else {}
@@ -349,6 +358,11 @@ def check_complete(source: str, info: Mapping[str, Any]) -> None:
 def check_names(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], source: str) -> None:
     """Raise a ValueError that lists every tensor that is missing, too much or of another shape."""
     missing = sorted(set(expected) - set(found))
+    if len(missing) == len(expected):
+        raise ValueError(
+            f"{source} holds no tensor by a name of this model or of the released LocalDiT; it is of another model, or "
+            "its names have a prefix."
+        )
     unexpected = sorted(set(found) - set(expected))
     shapes = [
         f"{name} is {list(found[name].shape)}, not {list(expected[name].shape)}"

@@ -26,6 +26,8 @@ def check_target(target: Path) -> None:
     """Raise a ValueError where there is something already, before any work."""
     if target.exists():
         raise ValueError(f"{target} exists; remove it or choose another name.")
+    if blocking := next((parent for parent in target.parents if parent.is_file()), None):
+        raise ValueError(f"{target} cannot be made, since {blocking} is a file; choose another name.")
 
 
 def parse_json(name: str, text: str) -> dict:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import diffusers
 import huggingface_hub
+import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
@@ -58,6 +59,11 @@ def export(
     Returns:
         the folder.
     """
+    if not isinstance(getattr(pipeline, "transformer", None), torch.nn.Module):
+        raise TypeError(f"export takes a LocalDiT pipeline with its transformer, not {type(pipeline).__name__}.")
+    for prompt, image in (images or {}).items():
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"images[{prompt!r}] is of type {type(image).__name__}; give PIL images by their prompts.")
     folder = Path(folder)
     pipeline.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
     front_door = importlib.import_module("localdit")  # which alone knows where the pipelines' files are

@@ -1,8 +1,10 @@
 """A pipeline's folder: what is missing or damaged in it is named in one sentence, before anything is loaded."""
 
+import inspect
 import json
 import logging
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ CONFIG_FILES = {  # of each component
 WAY_OUT = "copy or download the folder anew, or save the pipeline again"
 MODELS = ("text_encoder", "transformer", "vae")
 
+PLAIN = re.compile(r"[^.]+\.(safetensors|bin)")  # a file of weights that are of no variant, such as .fp16.safetensors
 REMOTE_CODE = "diffusers_modules"  # the package that diffusers runs a folder's own code in
 
 
@@ -51,6 +54,10 @@ class LocalDiTLoadingMixin:
             return super().from_pipe(pipeline, **kwargs)
         parts: list[Any] = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
         dtypes = [part.dtype for part in parts]
+        own = [type(pipeline.transformer), cls]
+        if all(kind.__module__.startswith(REMOTE_CODE) for kind in own):
+            # where localdit is installed it has annotated this; diffusers takes no component of another class
+            cls.__init__.__annotations__["transformer"] = type(pipeline.transformer)
         # it casts everything to one precision; through fp32 the others come back to the bit
         with _casting_quietly():
             made = super().from_pipe(pipeline, **kwargs, dtype=dtypes[0] if len(set(dtypes)) == 1 else torch.float32)
@@ -93,10 +100,23 @@ def _casting_quietly():
 
 def _save_remote_code(pipeline, folder: Path) -> None:
     """Copy the code that came with a pipeline's weights into its folder, and let model_index.json name it as it was."""
-    source = Path(pipeline.transformer.config.get("_name_or_path", "")).parent  # the transformer's folder is in it
+    transformer = pipeline.transformer
+    name_or_path = pipeline.config.get("_name_or_path") if transformer is None else transformer.config["_name_or_path"]
+    source = Path(name_or_path or "")
+    source = source if transformer is None else source.parent  # the transformer's folder is in the pipeline's
+    files = {file.relative_to(source): file for file in source.glob("pipeline*.py")}
+    files |= {file.relative_to(source): file for file in source.glob("transformer/localdit.py")}
+    if not files:  # the folder is gone, or was named from elsewhere; what runs is a copy of its code
+        own = type(pipeline).__module__.startswith(REMOTE_CODE)
+        running = Path(inspect.getfile(type(pipeline if own else transformer))).parent
+        files = {Path(file.name): file for file in running.glob("pipeline*.py")}
+        files |= {Path("transformer") / file.name: file for file in running.glob("localdit.py")}
     if source.resolve() != folder.resolve():
-        for file in (*source.glob("pipeline*.py"), *source.glob("transformer/localdit.py")):
-            shutil.copyfile(file, folder / file.relative_to(source))
+        for name, file in files.items():
+            if name.parent == Path() or transformer is not None:
+                shutil.copyfile(file, folder / name)
+    if transformer is None:
+        return
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text())
     index["transformer"][0] = "localdit"
@@ -145,7 +165,7 @@ def check_folder(folder: Path, given: dict[str, Any]) -> None:
             for file in (folder / name).glob("*.json"):
                 _read_json(file)
             if name in MODELS:
-                _check_weights(folder / name)
+                _check_weights(folder / name, given.get("variant"))
             if name == "text_encoder":
                 _check_text_encoder(folder / name, entry[1])
 
@@ -161,8 +181,12 @@ def _check_text_width(folder: Path, given: dict[str, Any]) -> None:
         )
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(folder: Path, variant: str | None) -> None:
     weights = {file for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)}
+    if variant is None and weights and not any(PLAIN.fullmatch(file.name) for file in weights):
+        raise ValueError(
+            f"{folder} holds weights of a variant only ({min(weights).name}); give variant=, such as 'fp16'."
+        )
     if not weights:
         raise ValueError(f"The weights of {folder} are missing (*.safetensors); {WAY_OUT}.")
     for index in folder.glob("*.index*.json"):

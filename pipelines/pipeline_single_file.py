@@ -71,4 +71,10 @@ class LocalDiTSingleFileMixin:
                     f"{name} was not given and {source} cannot be loaded from the Hub "
                     f"({str(error).splitlines()[0]}); give {name}=, or {name}=None to do without."
                 ) from error
-        return cls(**components, transformer=transformer, call_defaults=RELEASED_CALL_DEFAULTS)
+        for name, component in components.items():
+            if isinstance(component, str | os.PathLike):
+                raise TypeError(f"{name}={component!r} is no component; load it with from_pretrained, and give that.")
+        call_defaults = RELEASED_CALL_DEFAULTS
+        if components["vae"] is None:  # these sizes are of pixels, and without a VAE there are latents only
+            call_defaults = {name: value for name, value in call_defaults.items() if name not in ("height", "width")}
+        return cls(**components, transformer=transformer, call_defaults=call_defaults)

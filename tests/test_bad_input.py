@@ -371,6 +371,12 @@ def test_a_folder_of_another_kind_is_refused(folder):
     refused(lambda: LocalDiTPipeline.from_pretrained(folder), ["names no transformer", "LocalDiT pipeline"])
 
 
+def test_weights_of_a_variant_alone_want_its_name(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    refused(lambda: LocalDiTPipeline.from_pretrained(tmp_path), ["fp16.safetensors", "give variant="])
+    assert LocalDiTPipeline.from_pretrained(tmp_path, variant="fp16")
+
+
 def test_an_index_of_shards_that_another_variant_has_is_no_damage(folder):
     index = {"weight_map": {"proj_out.bias": "diffusion_pytorch_model.fp16-00001-of-00002.safetensors"}}
     (folder / "transformer/diffusion_pytorch_model.safetensors.index.fp16.json").write_text(json.dumps(index))

@@ -193,6 +193,17 @@ def test_what_is_no_checkpoint_is_refused_in_one_sentence(checkpoint, checkpoint
     refused({**checkpoint, "pos_embed.proj.weight": torch.zeros(3)}, r"pos_embed.proj.weight is \[3\]; it is no rel")
     refused({**checkpoint, "transformer_blocks.x.weight": torch.zeros(3)}, "1 unexpected: transformer_blocks.x.weight")
     refused({"transformer.lora_A.weight": torch.zeros(3)}, "holds LoRA adapters, no model; load them with load_lora")
+    fused = "transformer_blocks.0.attn1.to_qkv.weight"
+    for shape in ((2, 48), ()):
+        refused({**checkpoint, fused: torch.zeros(shape)}, r"to_qkv.weight is .*, no fused query, key and value")
+    refused({**checkpoint, "proj_out.bias": torch.zeros(16, dtype=torch.int32)}, "holds proj_out.bias in torch.int32")
+    prefixed = {f"module.{name}": tensor for name, tensor in checkpoint.items()}
+    with pytest.raises(ValueError, match="holds no tensor by a name of this model .* prefix"):
+        LocalDiTTransformer2DModel.from_single_file(prefixed, config={"num_layers": 1})
+    with pytest.raises(TypeError, match="The state dict holds a ndarray as 'x'"):
+        LocalDiTTransformer2DModel.from_single_file({"x": torch.zeros(3).numpy()})
+    with pytest.raises(TypeError, match="config=3 is of type int"):
+        LocalDiTTransformer2DModel.from_single_file(checkpoint, config=3)
     torch.save(checkpoint, tmp_path / "other.pt")
     refused(tmp_path, "holds 3 checkpoints")
 
@@ -217,7 +228,7 @@ def test_pickles_of_before_torch_1_6_load_and_a_bad_index_is_named(checkpoint, t
     torch.save(checkpoint, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert same_weights(LocalDiTTransformer2DModel.from_single_file(tmp_path / "old.pt"), checkpoint)
     index = tmp_path / "model.safetensors.index.json"
-    for text in ("{}", "garbage"):
+    for text in ("{}", "garbage", '{"weight_map": {"a": 3}}'):
         index.write_text(text)
         with pytest.raises(ValueError, match="index.json is damaged"):
             LocalDiTTransformer2DModel.from_single_file(index)

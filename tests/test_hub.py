@@ -197,12 +197,20 @@ def test_an_exported_folder_runs_with_localdit_and_without_and_so_does_what_is_s
     pipe = DiffusionPipeline.from_pretrained("model", custom_pipeline="pipeline_img2img", trust_remote_code=True)
     draw(pipe, "img2img without.pt", **IMAGE)
     pipe.save_pretrained("again_img2img")
+    import os
+    os.makedirs("elsewhere")
+    other = type(pipe).from_pipe(DiffusionPipeline.from_pretrained("model", {}))
+    draw(other, "img2img of a pipe without.pt", **IMAGE)
+    texts = DiffusionPipeline.from_pretrained("model", transformer=None, vae=None, {})
+    texts.save_pretrained("again_texts")
+    os.chdir("elsewhere")  # from where the folder cannot be found by the name that it was loaded by
+    pipe.save_pretrained("../again_from_elsewhere")
     """
     run(
         WITHOUT
         + textwrap.dedent(load.format(trusting, "without"))
         + 'pipe.save_pretrained("again")'
-        + textwrap.dedent(img2img),
+        + textwrap.dedent(img2img.format(trusting, trusting)),
         tmp_path,
     )
     run(
@@ -220,7 +228,7 @@ both.save_pretrained("again_both")  # the folder's pipeline around the installed
     run(
         WITHOUT
         + """
-for folder in ("again", "again_both", "again_img2img"):
+for folder in ("again", "again_both", "again_img2img", "again_from_elsewhere"):
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
     draw(pipe, folder + ".pt")
 again = dict(custom_pipeline="pipeline_img2img", trust_remote_code=True)
@@ -228,9 +236,11 @@ draw(DiffusionPipeline.from_pretrained("again_img2img", **again), "img2img again
 """,
         tmp_path,
     )
-    first, *others = pictures(tmp_path, "with", "without", "again with", "again", "again_both", "again_img2img")
+    same = ("with", "without", "again with", "again", "again_both", "again_img2img", "again_from_elsewhere")
+    first, *others = pictures(tmp_path, *same)
     assert all(torch.equal(first, other) for other in others)
-    first, *others = pictures(tmp_path, "img2img with", "img2img without", "img2img again")
+    names = ("img2img with", "img2img without", "img2img again", "img2img of a pipe without")
+    first, *others = pictures(tmp_path, *names)
     assert all(torch.equal(first, other) for other in others)
 
 
@@ -288,6 +298,14 @@ def test_a_download_that_breaks_off_is_resumed_or_refused_but_never_half_a_model
     assert torch.equal(pushed, pulled)
     assert not server.cuts, "one download broke off"
     assert any(first for _, first in server.downloads), "and went on where it was"
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_made(pipeline, tmp_path):
+    with pytest.raises(TypeError, match=r"images\['a red seven'\] is of type str; give PIL images"):
+        hub.export(pipeline, tmp_path / "folder", images={"a red seven": "red.png"})
+    with pytest.raises(TypeError, match="export takes a LocalDiT pipeline with its transformer, not str"):
+        hub.export("pipeline", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_misspelt_argument_is_refused_before_anything_is_made(pipeline, tmp_path, monkeypatch):

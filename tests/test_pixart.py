@@ -70,6 +70,14 @@ def test_a_pixart_starts_a_local_model_that_learns():
     assert model.transformer_blocks[0].attn.processor.context_embedding.grad.any()
 
 
+def test_what_a_mixer_keeps_in_fp32_stays_so_and_nothing_is_warned_of(caplog):
+    model = LocalDiTTransformer2DModel.from_pixart(pixart(**PIXARTS["sigma"]), "ssm", dtype=torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if ".kernel." in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if ".kernel." not in name} == {torch.bfloat16}
+    assert not caplog.messages
+
+
 def test_the_command_line_makes_a_local_model_of_a_pixart(tmp_path, capsys):
     source = pixart(**PIXARTS["sigma"])
     source.save_pretrained(tmp_path / "pixart" / "transformer")
@@ -102,6 +110,8 @@ def test_a_pixart_that_is_not_there_or_has_other_settings_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no PixArt transformer that can be loaded") as caught:
         LocalDiTTransformer2DModel.from_pixart(tmp_path / "cut")
     assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="from_pixart was given a NoneType"):
+        LocalDiTTransformer2DModel.from_pixart(None)
     with pytest.raises(ValueError, match="upcast_attention=True"):
         LocalDiTTransformer2DModel.from_pixart(pixart(**PIXARTS["sigma"], upcast_attention=True))
 

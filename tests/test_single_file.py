@@ -37,6 +37,10 @@ def test_a_whole_pipeline_is_assembled_around_a_checkpoint(checkpoint_file, pipe
     assert sizes["aspect_ratio"].tolist() == [[pytest.approx(1024 / 768)]]
     loaded.set_progress_bar_config(disable=True)
     assert loaded("a red seven", height=16, width=32, num_inference_steps=2).images[0].size == (32, 16)
+    latents = LocalDiTPipeline.from_single_file(checkpoint_file, config={"sample_size": 8}, vae=None, **text)
+    assert latents.default_size(None, None) == (8, 8)
+    with pytest.raises(TypeError, match="vae='folder' is no component; load it with from_pretrained"):
+        LocalDiTPipeline.from_single_file(checkpoint_file, vae="folder", **text)
     loaded.save_pretrained(tmp_path / "saved")
     assert LocalDiTPipeline.from_pretrained(tmp_path / "saved").config.call_defaults["aspect_ratio"] == "width/height"
 

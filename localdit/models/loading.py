@@ -114,12 +114,20 @@ class LoadingMixin:
         unknown = sorted(set(kwargs) - set(HUB_ARGUMENTS))
         if unknown:
             raise ValueError(f"from_single_file does not know {unknown}; beside config= it takes {HUB_ARGUMENTS}.")
+        if not isinstance(config, str | os.PathLike | dict | None):
+            raise TypeError(f"config={config!r} is of type {type(config).__name__}; give a dict, a folder or a Hub id.")
         if isinstance(given, dict):
+            if wrong := [name for name, tensor in given.items() if not isinstance(tensor, torch.Tensor)]:
+                raise TypeError(
+                    f"The state dict holds a {type(given[wrong[0]]).__name__} as {wrong[0]!r}; give tensors."
+                )
             state_dict, source = {name: tensor.detach().clone() for name, tensor in given.items()}, "The state dict"
         else:
             path = _local_path(os.fspath(given), **kwargs)
             state_dict, source = read_state_dict(path), str(path)
 
+        if wrong := [name for name, tensor in state_dict.items() if not tensor.is_floating_point()]:
+            raise ValueError(f"{source} holds {wrong[0]} in {state_dict[wrong[0]].dtype}; give floating-point weights.")
         described = isinstance(config, str | os.PathLike)
         if is_released_format(state_dict):
             settings = infer_released_config(state_dict) if not described else {}
@@ -183,7 +191,13 @@ class LoadingMixin:
         check_names(model.state_dict(), learned_by_mixers | state_dict, "The PixArt transformer")
         model.load_state_dict(state_dict, strict=False)
         dtype = dtype or source.dtype
-        return (model if model.dtype == dtype else model.to(dtype)).eval()
+        if dtype != torch.float32:
+            network: Any = model
+            torch.nn.Module.to(network, dtype)  # diffusers' own warns of what is to stay in fp32, which is seen to here
+            for name, module in network.named_modules():
+                if name.rpartition(".")[2] in cls._keep_in_fp32_modules:
+                    module.float()
+        return model.eval()
 
 
 def _local_path(link_or_path: str, **kwargs: Any) -> str:
