@@ -101,20 +101,19 @@ def _casting_quietly():
 def _save_remote_code(pipeline, folder: Path) -> None:
     """Copy the code that came with a pipeline's weights into its folder, and let model_index.json name it as it was."""
     transformer = pipeline.transformer
-    name_or_path = pipeline.config.get("_name_or_path") if transformer is None else transformer.config["_name_or_path"]
-    source = Path(name_or_path or "")
+    part = pipeline if transformer is None else transformer
+    source = Path(part.config.get("_name_or_path") or os.devnull)
     source = source if transformer is None else source.parent  # the transformer's folder is in the pipeline's
-    files = {file.relative_to(source): file for file in source.glob("pipeline*.py")}
-    files |= {file.relative_to(source): file for file in source.glob("transformer/localdit.py")}
-    if not files:  # the folder is gone, or was named from elsewhere; what runs is a copy of its code
-        own = type(pipeline).__module__.startswith(REMOTE_CODE)
-        running = Path(inspect.getfile(type(pipeline if own else transformer))).parent
-        files = {Path(file.name): file for file in running.glob("pipeline*.py")}
-        files |= {Path("transformer") / file.name: file for file in running.glob("localdit.py")}
     if source.resolve() != folder.resolve():
-        for name, file in files.items():
-            if name.parent == Path() or transformer is not None:
-                shutil.copyfile(file, folder / name)
+        pipelines, models = list(source.glob("pipeline*.py")), list(source.glob("transformer/localdit.py"))
+        if not pipelines:  # the folder is gone, or was named from elsewhere; what runs is a copy of its code
+            own = type(pipeline).__module__.startswith(REMOTE_CODE)
+            running = Path(inspect.getfile(type(pipeline if own else transformer))).parent
+            pipelines, models = list(running.glob("pipeline*.py")), list(running.glob("localdit.py"))
+        for file in pipelines:
+            shutil.copyfile(file, folder / file.name)
+        for file in models if transformer is not None else ():
+            shutil.copyfile(file, folder / "transformer" / file.name)
     if transformer is None:
         return
     index_file = folder / "model_index.json"

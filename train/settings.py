@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
@@ -46,7 +46,7 @@ def _bounds(hint: Any) -> Iterator[tuple[type, Within]]:
     """The types and intervals of the numbers that a type hint allows."""
     for note in getattr(hint, "__metadata__", ()):
         if isinstance(note, Within):
-            yield get_origin(hint) and get_args(hint)[0], note
+            yield hint.__origin__, note
             return
     for part in get_args(hint):
         yield from _bounds(part)
