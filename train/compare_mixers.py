@@ -24,7 +24,7 @@ from train.score_digit_scenes import score_text_to_image
 from train.settings import check_ranges
 from train.trainer import Trainer
 
-WARM_UP, TIMED = 5, 30  # steps, to learn how many fit into the budget
+WARM_UP, ROUNDS, TIMED = 5, 7, 4  # steps, to learn how many fit into the budget
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,41 @@ def contestant(config: ComparisonConfig, name: str, seed: int) -> TrainConfig:
     return replace(config.run, model=model, seed=seed, output_dir=str(folder), resume=None)
 
 
-def steps_within(config: TrainConfig, cpu_seconds: float) -> int:
-    """How many steps of a run fit into so many seconds of this process."""
-    trainer = Trainer(replace(config, max_steps=WARM_UP + TIMED))
-    batches = iter(trainer.loader)
-    for step in range(WARM_UP):
-        trainer._step(step, batches)
-    start = time.process_time()
-    for step in range(WARM_UP, WARM_UP + TIMED):
-        trainer._step(step, batches)
-    return max(1, int(cpu_seconds * TIMED / (time.process_time() - start)))
+def step_seconds(config: ComparisonConfig) -> dict[str, float]:
+    """CPU seconds of a training step of each contestant: medians of turns that they take, as the machine is shared."""
+    torch.set_num_threads(1)
+    trainers, batches = {}, {}
+    for name in config.contestants:
+        timed = replace(contestant(config, name, seed=0), output_dir=f"{config.run.output_dir}/timing", max_steps=1000)
+        trainers[name] = Trainer(timed)  # writes nothing before it is told to train
+        batches[name] = iter(trainers[name].loader)
+    seconds = {name: [] for name in trainers}
+    for turn in range(ROUNDS + 1):
+        for name, trainer in trainers.items():
+            first, steps = (0, WARM_UP) if turn == 0 else (WARM_UP + (turn - 1) * TIMED, TIMED)
+            start = time.process_time()
+            for step in range(first, first + steps):
+                trainer._step(step, batches[name])
+            seconds[name].append((time.process_time() - start) / steps)
+    return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 
 
-def measure(config: ComparisonConfig, name: str, seed: int) -> dict:
+def load_step_seconds(config: ComparisonConfig) -> dict[str, float]:
+    """What `step_seconds` found before, in a file beside the scores, or finds now."""
+    path = Path(config.output).with_name("step_seconds.json")
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if not found.keys() >= config.contestants.keys():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found = pool.apply(step_seconds, (config,))
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def measure(config: ComparisonConfig, name: str, seed: int, max_steps: int) -> dict:
     """Train one contestant and score what it draws."""
     torch.set_num_threads(1)
-    training = contestant(config, name, seed)
+    training = replace(contestant(config, name, seed), max_steps=max_steps)
     shutil.rmtree(training.output_dir, ignore_errors=True)
-    training = replace(training, max_steps=steps_within(training, config.cpu_seconds))
     start = time.process_time()
     trainer = Trainer(training)
     trainer.train()
@@ -167,12 +184,12 @@ def compare(config: ComparisonConfig) -> None:
     if not done:
         for name, scores in references(config).items():
             write(name, None, scores)
-    spawn = multiprocessing.get_context("spawn")
-    for seed in range(config.seeds):
-        for name in names:
-            if (name, seed) not in done:
-                with spawn.Pool(1) as pool:
-                    write(name, seed, pool.apply(measure, (config, name, seed)))
+    missing = [(name, seed) for seed in range(config.seeds) for name in names if (name, seed) not in done]
+    seconds = load_step_seconds(config) if missing else {}
+    for name, seed in missing:
+        max_steps = max(1, int(config.cpu_seconds / seconds[name]))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            write(name, seed, pool.apply(measure, (config, name, seed, max_steps)))
 
 
 if __name__ == "__main__":
