@@ -293,6 +293,25 @@ def test_adapters_are_saved_and_loaded_alone(tmp_path):
         torch.testing.assert_close(call(loaded, **inputs), call(model, **inputs), **NEAR)
 
 
+def test_a_model_is_not_saved_with_an_adapter_between_its_layers(tmp_path):
+    model = add_lora(make_model())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    inputs = make_inputs(model)
+    with torch.no_grad():
+        expected = call(model, **inputs)
+    with pytest.raises(ValueError, match=r"adapter\(s\) \['default'\] are loaded.*unload_lora"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.fuse_lora()
+    model.unload_lora()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        actual = call(LocalDiTTransformer2DModel.from_pretrained(tmp_path), **inputs)
+    torch.testing.assert_close(actual, expected, **NEAR)
+
+
 @pytest.mark.parametrize("backend", ["_native_math", "flex"])
 @pytest.mark.parametrize("mixer", ["window", "full", "sliding_window"])
 def test_diffusers_other_backends_give_equal_outputs(backend, mixer):

@@ -38,7 +38,7 @@ StateDict = dict[str, torch.Tensor]
 
 
 class LoadingMixin:
-    """`from_pretrained` that takes no half model, `from_single_file` for the released LocalDiT, and `from_pixart`."""
+    """`from_pretrained` and `save_pretrained` of whole models, `from_single_file` for the released one, `from_pixart`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -54,6 +54,20 @@ class LoadingMixin:
         model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         check_complete(os.fspath(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """Write a folder as `ModelMixin.save_pretrained` does, with the same arguments.
+
+        Raises:
+            ValueError: while an adapter is loaded, fused or not: the names of its layers would fit no model.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"The adapter(s) {list(self.peft_config)} are loaded, and a folder with their layers could not be "
+                "loaded again; save them by save_lora_weights or save_lora_adapter and unload_lora first, or "
+                "fuse_lora and then unload_lora to keep them in the weights."
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
