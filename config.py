@@ -283,6 +283,8 @@ class TrainConfig:
         seed: of everything that is random.
         log_every, sample_every, checkpoint_every: in steps.
         keep_checkpoints: how many of the last checkpoints to keep.
+        max_skipped_steps: a step whose loss or gradient is no number leaves the weights as they are; the run ends when
+            there were more such steps than this.
         resume: "latest", a checkpoint's folder, or None to start anew.
         save_dtype: of the weights in the trained pipeline.
         report_to: accelerate trackers beside the JSON lines, such as "tensorboard".
@@ -308,6 +310,7 @@ class TrainConfig:
     sample_every: Count = 1000
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2
+    max_skipped_steps: CountOrZero = 10
     resume: str | None = None
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     report_to: tuple[str, ...] = ("tensorboard",)

@@ -26,7 +26,7 @@ def test_only_recoloured_pictures_that_keep_their_caption_start_from_their_sourc
     trainer = Trainer(tiny_config(tmp_path, data=DataConfig(num_workers=0, recoloured=0.5)))
     image = torch.rand(3, 3, 64, 64)
     batch = {"image": image, "source": torch.cat([image[:1], torch.rand(2, 3, 64, 64)])}
-    source = trainer._source(batch, image, dropped=torch.tensor([False, True, False]))
+    source = trainer.encode.source(batch, image, dropped=torch.tensor([False, True, False]))
     assert torch.equal(source[:2], image[:2]) and torch.equal(source[2], batch["source"][2])
 
 
@@ -68,7 +68,7 @@ def test_an_interrupted_run_ends_in_the_same_weights_to_the_bit(tmp_path, num_wo
     # "killed" after step 3: the newest checkpoint is the one of step 3
     Trainer(replace(config, output_dir=str(tmp_path / "parts"), max_steps=3)).train()
     resumed = Trainer(replace(config, output_dir=str(tmp_path / "parts"), resume="latest"))
-    assert resumed.first_step == 3
+    assert resumed.state["step"] == 3
     resumed.train()
     for mine, theirs in zip(resumed.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
         assert torch.equal(mine, theirs)

@@ -193,23 +193,9 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, file, damage)
     Trainer(tiny_config(tmp_path, max_steps=1)).train()
     path = tmp_path / "checkpoints" / "step-00000001" / file
     path.write_bytes(path.read_bytes()[:-10] if damage == "cut" else b"garbage")
-    with pytest.raises(ValueError, match="step-00000001.* another checkpoint") as caught:
-        Trainer(tiny_config(tmp_path, max_steps=2, resume="latest"))
+    with pytest.raises(ValueError, match="step-00000001 cannot be resumed from .*name another checkpoint") as caught:
+        Trainer(tiny_config(tmp_path, max_steps=2, resume=str(path.parent)))
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-
-
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
-    trainer = Trainer(tiny_config(tmp_path, max_steps=4, log_every=4, checkpoint_every=2))
-    step = trainer._step
-
-    def poisoned(index, batches):
-        loss = step(index, batches)
-        return loss * float("nan") if index == 2 else loss
-
-    trainer._step = poisoned
-    with pytest.raises(FloatingPointError, match="The loss is nan at step 4"):
-        trainer.train()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_what_a_worker_raises_is_told_in_one_sentence(picture_folder, capsys):

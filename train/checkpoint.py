@@ -1,9 +1,11 @@
-"""Checkpoints: whole or not there, the newest found by its step."""
+"""Checkpoints: whole or not there, told from damaged ones by their hashes, the newest found by its step."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from accelerate import Accelerator
 from config import TrainConfig
 from train.settings import check_resumed
 
+logger = logging.getLogger(__name__)
+
 # a T5's embedding has two names, of which one is enough to save
 logging.getLogger("accelerate.utils.other").addFilter(lambda record: "shared tensor" not in str(record.msg))
 
@@ -19,57 +23,136 @@ PREFIX = "step-"
 STATE = "trainer_state.json"
 
 
-def save_checkpoint(
-    accelerator: Accelerator, folder: Path, step: int, keep: int, settings: dict[str, Any] | None = None
-) -> Path:
-    """Write everything accelerate knows, the step and the run's settings, under a name that appears when all is there.
+def save_checkpoint(accelerator: Accelerator, folder: Path, keep: int, state: dict[str, Any]) -> Path:
+    """Write everything accelerate knows, and `state`, under a name that appears when all of it is on the disk.
 
-    Of the whole checkpoints in the folder the last `keep` stay.
+    Of the whole checkpoints in the folder the last `keep` stay, and the one of the least validation loss.
+
+    Args:
+        state: for JSON; at least "step", the number of steps done. "config" has the run's settings, "validation_loss"
+            the loss that the best is chosen by.
+
+    Raises:
+        OSError: where it cannot be written; older checkpoints are then as they were.
     """
-    target, partial = folder / f"{PREFIX}{step:08d}", folder / f".{PREFIX}{step:08d}.partial"
+    name = f"{PREFIX}{state['step']:08d}"
+    target, partial = folder / name, folder / f".{name}.partial"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            complete(partial, state)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
+            sync(folder)
+    except Exception as error:  # torch, safetensors and the system each say in their own way that a disk is full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(cannot_write(target, error)) from error
     if accelerator.is_main_process:
-        (partial / STATE).write_text(json.dumps({"step": step, "config": settings or {}}))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-        others = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint != target]
-        for old in others[: len(others) - (keep - 1)]:
+        for old in superfluous(list_checkpoints(folder), keep):
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
 
 
+def complete(partial: Path, state: dict[str, Any]) -> None:
+    """Add the state with the hash of every file, and wait until all of it is on the disk."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    hashes = {path.relative_to(partial).as_posix(): file_hash(path) for path in files}
+    (partial / STATE).write_text(json.dumps({**state, "files": hashes}))
+    for path in [*files, partial / STATE, *(path for path in partial.rglob("*") if path.is_dir()), partial]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cannot_write(target: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    whole = list_checkpoints(target.parent)
+    last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no older checkpoint"
+    free = shutil.disk_usage(target.parent).free / 2**30
+    return (
+        f"{target} cannot be written ({reason}; {free:.1f} GiB are free); {last}; make room and go on with "
+        "--resume latest."
+    )
+
+
+def superfluous(checkpoints: list[Path], keep: int) -> list[Path]:
+    """All but the last `keep` checkpoints and the best."""
+    losses = {}
+    for path in checkpoints:
+        with suppress(ValueError):  # a damaged one is the best of nothing
+            losses[path] = read_state(path).get("validation_loss")
+    measured = {path: loss for path, loss in losses.items() if loss is not None}
+    best = min(measured, key=measured.__getitem__) if measured else None
+    return [path for path in checkpoints[: max(0, len(checkpoints) - keep)] if path != best]
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, oldest first."""
+    """The complete checkpoints of a folder, oldest first; whether their files are still what they were is not read."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / STATE).is_file())
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path:
-    """The checkpoint that `resume` ("latest" or a path) names; raises a ValueError where there is none."""
+    """The checkpoint that `resume` names, a path or "latest": the newest that is not damaged.
+
+    Raises:
+        ValueError: where there is none, or the named one is damaged.
+    """
     if resume != "latest":
         if not (Path(resume) / STATE).is_file():
             raise ValueError(f"resume={resume!r} is not a whole checkpoint (it has no {STATE}); name one, or 'latest'.")
+        if reason := damage(Path(resume)):
+            raise ValueError(f"{resume} cannot be resumed from ({reason}); name another checkpoint, or 'latest'.")
         return Path(resume)
     checkpoints = list_checkpoints(folder)
-    if not checkpoints:
-        raise ValueError(f"resume='latest', but {folder} holds no checkpoint; drop resume to start anew.")
-    return checkpoints[-1]
+    for checkpoint in reversed(checkpoints):
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint
+        logger.warning("%s is passed over, because it is damaged: %s.", checkpoint, reason)
+    what = f"{len(checkpoints)} damaged checkpoint(s) and no whole one" if checkpoints else "no checkpoint"
+    raise ValueError(f"resume='latest', but {folder} holds {what}; drop resume to start anew, in another output_dir.")
 
 
-def check_checkpoint(resume: Path | None, config: TrainConfig, folder: Path) -> None:
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        state = read_state(checkpoint)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    for name, expected in state.get("files", {}).items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if file_hash(checkpoint / name) != expected:
+            return f"{name} is not what was written"
+    return None
+
+
+def check_checkpoint(resume: Path, config: TrainConfig, folder: Path) -> None:
     """Raise a ValueError where a run of this config cannot go on from a checkpoint, or has nothing to do after it."""
-    if resume is None:
-        return
     state = read_state(resume)
     check_resumed(state.get("config") or {}, config, resume.name)
     if state["step"] > config.max_steps:
         raise ValueError(f"max_steps={config.max_steps} is less than {resume.name} has done; raise it to train on.")
-    check_newest(resume, folder)
+    if config.resume != "latest":
+        check_newest(resume, folder)
 
 
 def check_newest(resume: Path, folder: Path) -> None:
@@ -85,7 +168,7 @@ def check_newest(resume: Path, folder: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The step of a checkpoint, and under "config" the settings of its run where it knows them."""
+    """The state that a checkpoint was saved with, and under "files" the hash of each of its other files."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
         if not isinstance(state["step"], int):
@@ -95,15 +178,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
-    """Restore everything accelerate knows and return the number of steps done.
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
+    """Restore everything accelerate knows and return the state that was saved with it.
 
     Raises:
-        ValueError: where a file of the checkpoint is missing, damaged or of another run.
+        ValueError: where a file of the checkpoint is of another run.
     """
     try:
         accelerator.load_state(str(checkpoint))
     except Exception as error:  # torch, safetensors, pickle and json each fail in their own ways
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{checkpoint} cannot be resumed from ({reason}); name another checkpoint.") from error
-    return read_state(checkpoint)["step"]
+    return read_state(checkpoint)

@@ -10,6 +10,7 @@ from typing import TypeVar
 from jsonargparse import ArgumentParser
 
 from localdit.command_line import INTERRUPTED, hide_loading_bars
+from train.stopping import STOPPED, Stopped
 
 Config = TypeVar("Config")
 
@@ -65,6 +66,9 @@ def run(program: str, main: Callable[[], None]) -> None:
     except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         print(f"{program}: {first_sentence(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        raise SystemExit(STOPPED) from None
     except KeyboardInterrupt:
         print(f"{program}: interrupted.", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -73,7 +73,7 @@ def step_seconds(config: ComparisonConfig) -> dict[str, float]:
             first, steps = (0, WARM_UP) if turn == 0 else (WARM_UP + (turn - 1) * TIMED, TIMED)
             start = time.process_time()
             for step in range(first, first + steps):
-                trainer._step(step, batches[name])
+                trainer.train_step(step, batches[name])
             seconds[name].append((time.process_time() - start) / steps)
     return {name: float(np.median(values[1:])) for name, values in seconds.items()}
 

@@ -1,8 +1,11 @@
 """Data: which picture each step sees is a pure function of seed, step and rank."""
 
+import signal
 from collections.abc import Iterator
 
 from torch.utils.data import DataLoader, Dataset
+
+from train.stopping import SIGNALS
 
 
 class MicroStepSampler:
@@ -25,4 +28,16 @@ class MicroStepSampler:
 
 def build_loader(dataset: Dataset, sampler: MicroStepSampler, num_workers: int) -> DataLoader:
     """Micro-batches for one process; the number of workers changes nothing but the speed."""
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0)
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_the_trainer,
+    )
+
+
+def leave_signals_to_the_trainer(_worker: int) -> None:
+    """A signal to the whole process group must not end the workers before the trainer has finished its step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

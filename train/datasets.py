@@ -46,7 +46,7 @@ class DigitScenes(Dataset):
         geometry = rng.integers(2**32)  # handwriting, sizes and places are the same in both pictures
         image = to_tensor(digit_scenes.render(scene, np.random.default_rng(geometry)))
         seen = image if source is scene else to_tensor(digit_scenes.render(source, np.random.default_rng(geometry)))
-        return {"image": image, "source": seen, "caption": scene.caption}
+        return {"name": f"scene {position}", "image": image, "source": seen, "caption": scene.caption}
 
 
 class LabelledSet(Dataset):
@@ -63,7 +63,7 @@ class LabelledSet(Dataset):
     def __getitem__(self, position: int) -> dict:
         epoch, offset = divmod(position, len(self.images))
         row = epoch_order(len(self.images), self.seed, epoch)[offset]
-        item: dict = {"image": to_tensor(self.images[row])}
+        item: dict = {"name": f"picture {row}", "image": to_tensor(self.images[row])}
         if self.classes is not None:
             item["label"] = int(self.labels[row])
         return item
@@ -98,7 +98,7 @@ class PhotoPatches(Dataset):
         left, top = (int(rng.integers(length - side + 1)) for length in photo.size)
         box = (left, top, left + side, top + side)
         patch = np.asarray(photo.resize((self.resolution, self.resolution), Image.Resampling.BICUBIC, box=box))
-        return {"image": to_tensor(patch[:, ::-1] if rng.random() < 0.5 else patch)}
+        return {"name": f"patch {position}", "image": to_tensor(patch[:, ::-1] if rng.random() < 0.5 else patch)}
 
 
 class ImageFolder(Dataset):
@@ -134,7 +134,7 @@ class ImageFolder(Dataset):
                 pixels = np.asarray(crop_to_square(upright, self.resolution))
         except (UnidentifiedImageError, OSError) as error:
             raise ValueError(f"{path} cannot be read as a picture ({error}); repair or remove it.") from error
-        item: dict = {"image": to_tensor(pixels)}
+        item: dict = {"name": str(path), "image": to_tensor(pixels)}
         if self.classes is not None:
             item["label"] = self.classes.index(path.parent.name)
         if self.captions is not None:

@@ -21,10 +21,9 @@ class Noised:
     target: torch.Tensor
     weight: torch.Tensor
 
-    def loss(self, prediction: torch.Tensor) -> torch.Tensor:
-        """Weighted mean squared error, in fp32."""
-        error = (prediction.float() - self.target.float()).square().mean(dim=(1, 2, 3))
-        return (self.weight * error).mean()
+    def losses(self, prediction: torch.Tensor) -> torch.Tensor:
+        """Weighted mean squared error of each picture, [B], in fp32."""
+        return self.weight * (prediction.float() - self.target.float()).square().mean(dim=(1, 2, 3))
 
 
 class Objective:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 from torch import nn
 
@@ -36,7 +37,7 @@ def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.
     ]
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas),
+        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True),
     ]
     if by_muon:
         optimizers.append(torch.optim.Muon(by_muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
@@ -57,6 +58,21 @@ def build_schedules(
         )
         for optimizer in optimizers
     ]
+
+
+def step_if_finite(optimizer: AcceleratedOptimizer, finite: torch.Tensor) -> None:
+    """Update the weights if `finite`, a scalar on their device, says so.
+
+    The fused AdamW reads it there; for others the host waits for it. With fp16 accelerate's scaler looks by itself.
+    """
+    inner = optimizer.optimizer
+    if optimizer.scaler is not None:
+        optimizer.step()
+    elif inner.defaults.get("fused"):
+        inner.grad_scale, inner.found_inf = None, (~finite).float()
+        optimizer.step()
+    elif finite.item():
+        optimizer.step()
 
 
 def own_settings(optimizers: list) -> list[list[dict[str, Any]]]:

@@ -1,0 +1,84 @@
+"""From a batch of the loader to what the networks take: latents, condition and noise."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from config import TrainConfig
+from train.components import Networks
+from train.objective import Noised, Objective
+from train.stopwatch import Stopwatch
+
+
+@dataclass
+class Example:
+    """One micro-batch made ready: noised pictures, and the keyword arguments of the denoiser beside them."""
+
+    noised: Noised
+    condition: dict[str, torch.Tensor]
+
+
+class BatchEncoder:
+    """Turns batches into examples; what is random depends on the seed, the micro-step and the process alone."""
+
+    def __init__(self, config: TrainConfig, networks: Networks, accelerator: Accelerator, watch: Stopwatch):
+        self.config = config
+        self.networks = networks
+        self.accelerator = accelerator
+        self.watch = watch
+        self.objective = Objective(config.objective)
+
+    def __call__(self, batch: dict, micro_step: int) -> Example:
+        """Encode a batch of "image" [B, C, H, W] in [-1, 1] and, as the model asks, "caption" or "label"."""
+        # seeded by place, not by history: a resumed run draws what an uninterrupted one would have drawn
+        seed = np.random.SeedSequence((self.config.seed, micro_step, self.accelerator.process_index))
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        dropped = torch.rand(len(batch["image"]), generator=generator) < self.config.objective.condition_dropout
+        clean = self.latents(batch["image"])
+        noised = self.objective(clean, generator, self.source(batch, clean, dropped))
+        return Example(noised, {**self.condition(batch, dropped), **self.sizes(batch)})
+
+    @torch.no_grad()
+    def latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the transformer works on: the pixels [B, C, H, W], or their latents where there is an autoencoder."""
+        pixels, vae = pixels.to(self.accelerator.device), self.networks.vae
+        if vae is None:
+            return pixels
+        with self.watch("vae"), self.accelerator.autocast():
+            latents = vae.encode(pixels).latent_dist.mode().float()
+        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+    def source(self, batch: dict, clean: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor | None:
+        """What is noised in the place of `clean`; only a picture that keeps its caption starts from another one."""
+        if not self.config.data.recoloured:
+            return None
+        other = (batch["source"] != batch["image"]).flatten(1).any(dim=1) & ~dropped
+        source = clean.clone()
+        if other.any():
+            source[other.to(clean.device)] = self.latents(batch["source"][other])
+        return source
+
+    def condition(self, batch: dict, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Class labels, or token ids and their mask; the null class and the empty caption where `dropped` [B] says."""
+        device = self.accelerator.device
+        null_class = self.networks.denoiser.transformer.config.num_classes
+        if null_class is not None:
+            return {"class_labels": batch["label"].masked_fill(dropped, null_class).to(device)}
+        if self.networks.tokenizer is None:
+            return {}
+        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
+        tokens = self.networks.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return {"input_ids": tokens.input_ids.to(device), "attention_mask": tokens.attention_mask.to(device)}
+
+    def sizes(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Height and width in pixels and their ratio, for a transformer that was made with them."""
+        if not self.networks.denoiser.transformer.use_additional_conditions:
+            return {}
+        count, height, width = len(batch["image"]), *batch["image"].shape[-2:]
+        device = self.accelerator.device
+        return {
+            "resolution": torch.tensor([[float(height), float(width)]] * count, device=device),
+            "aspect_ratio": torch.tensor([[height / width]] * count, device=device),
+        }
