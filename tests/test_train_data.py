@@ -1,5 +1,12 @@
 """What the trainer reads: its order, its pictures, their captions."""
 
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -8,20 +15,25 @@ from PIL import Image
 from config import (
     DataConfig,
 )
-from train.data import MicroStepSampler
-from train.datasets import DigitScenes, ImageFolder
+from tests.training import tiny_config
+from train.data import Condition, MicroStepSampler, Source
+from train.datasets import DigitScenes, build_dataset
+from train.pictures import PictureSource
+from train.trainer import Trainer
 
 
 def test_every_position_is_seen_once_over_micro_steps_and_ranks():
-    samplers = [MicroStepSampler(batch_size=4, first=0, last=10, rank=rank, world_size=3) for rank in range(3)]
+    samplers = [
+        MicroStepSampler(Source(8, 0), batch_size=4, first=0, last=10, rank=rank, world_size=3) for rank in range(3)
+    ]
     seen = [position for sampler in samplers for batch in sampler for position in batch]
     assert sorted(seen) == list(range(10 * 3 * 4))
     assert all(len(sampler) == 10 for sampler in samplers)
 
 
 def test_resuming_continues_the_order_where_it_was():
-    whole = list(MicroStepSampler(4, first=0, last=10, rank=1, world_size=2))
-    assert list(MicroStepSampler(4, first=6, last=10, rank=1, world_size=2)) == whole[6:]
+    whole = list(MicroStepSampler(Source(8, 0), 4, first=0, last=10, rank=1, world_size=2))
+    assert list(MicroStepSampler(Source(8, 0), 4, first=6, last=10, rank=1, world_size=2)) == whole[6:]
 
 
 def test_digit_scenes_depend_on_seed_and_position_only():
@@ -44,18 +56,28 @@ def test_recoloured_scenes_come_with_a_source_of_the_same_shapes():
         assert (grounds[0] != grounds[1]).float().mean() < 0.01
 
 
+def folder_source(folder: Path, condition: Condition | None, **settings) -> PictureSource:
+    source = build_dataset(DataConfig(name="imagefolder", path=str(folder), resolution=32, **settings), 0, condition)
+    assert isinstance(source, PictureSource)
+    return source
+
+
+def items(source: Source, micro_steps: range, batch_size: int = 1) -> list[dict]:
+    return [source[key] for step in micro_steps for key in source.keys(step, batch_size, rank=0, world_size=1)]
+
+
 def test_image_folder_shows_every_picture_once_an_epoch_in_another_order(picture_folder):
-    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, condition="caption")
-    epochs = [[data[epoch * 6 + index]["caption"] for index in range(6)] for epoch in range(4)]
+    data = folder_source(picture_folder, "caption")
+    epochs = [[item["caption"] for item in items(data, range(6 * epoch, 6 * epoch + 6))] for epoch in range(4)]
     assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 6 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert data[0]["image"].shape == (3, 32, 32)
+    assert items(data, range(1))[0]["image"].shape == (3, 32, 32)
 
 
 def test_image_folder_of_classes_labels_by_folder(picture_folder):
-    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, condition="label")
+    data = folder_source(picture_folder, "label")
     assert data.classes == ["cat", "dog"]
-    assert sorted(data[index]["label"] for index in range(6)) == [0, 0, 0, 1, 1, 1]
+    assert sorted(item["label"] for item in items(data, range(6))) == [0, 0, 0, 1, 1, 1]
 
 
 def test_pictures_are_turned_as_their_camera_was_held(picture_folder):
@@ -65,8 +87,7 @@ def test_pictures_are_turned_as_their_camera_was_held(picture_folder):
     turned[0x0112] = 6  # the right side was up
     for path in picture_folder.glob("*/*.png"):
         Image.fromarray(pixels).save(path, exif=turned)
-    data = ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder), resolution=32), 0, condition="caption")
-    image = data[0]["image"]
+    image = items(folder_source(picture_folder, "caption"), range(1))[0]["image"]
     assert (image[:, :15] == -1).all() and (image[:, 17:] == 1).all()
 
 
@@ -83,21 +104,173 @@ def test_a_line_of_metadata_that_cannot_be_read_is_named(picture_folder, line, p
     first = '{"file_name": "cat/1.png", "text": "a cat"}'
     (picture_folder / "metadata.jsonl").write_text(f"{first}\n{line}\n")
     with pytest.raises(ValueError, match=phrase):
-        ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, condition="caption")
+        folder_source(picture_folder, "caption")
 
 
 def test_a_caption_in_another_encoding_is_named(picture_folder):
     (picture_folder / "dog" / "1.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"dog.1\.txt is not UTF-8 .*; save it as UTF-8"):
-        ImageFolder(DataConfig(name="imagefolder", path=str(picture_folder)), 0, condition="caption")
+        folder_source(picture_folder, "caption")
 
 
-def test_a_picture_without_caption_and_an_unreadable_one_are_named(picture_folder):
-    config = DataConfig(name="imagefolder", path=str(picture_folder), resolution=32)
-    (picture_folder / "cat" / "0.png").write_bytes(b"no picture")
-    data = ImageFolder(config, 0, condition="caption")
-    with pytest.raises(ValueError, match=r"cat.0\.png cannot be read"):
-        [data[index] for index in range(6)]
+def test_a_picture_without_caption_is_named(picture_folder):
     (picture_folder / "dog" / "1.txt").unlink()
     with pytest.raises(ValueError, match=r"dog.1\.png .* no caption"):
-        ImageFolder(config, 0, condition="caption")
+        folder_source(picture_folder, "caption")
+
+
+@pytest.mark.parametrize("content", [b"no picture", b"", None])
+def test_a_picture_that_cannot_be_read_is_replaced_and_told_of(picture_folder, content):
+    bad = picture_folder / "cat" / "0.png"
+    bad.write_bytes(bad.read_bytes()[:-30] if content is None else content)  # None: cut short
+    epoch = items(folder_source(picture_folder, "caption"), range(6))
+    told = [item["unreadable"] for item in epoch]
+    assert sum(map(bool, told)) == 1 and max(told).startswith(f"{bad}: ")
+    assert len({item["name"] for item in epoch}) == 5 and str(bad) not in {item["name"] for item in epoch}
+
+
+def test_a_run_tells_of_unreadable_pictures_once_and_ends_above_the_limit(picture_folder, tmp_path, caplog):
+    (picture_folder / "cat" / "0.png").write_bytes(b"no picture")
+    (picture_folder / "dog" / "2.png").write_bytes(b"no picture")
+    data = DataConfig(name="imagefolder", path=str(picture_folder), num_workers=0, max_unreadable=2)
+    config = tiny_config(tmp_path / "run", data=data)
+    Trainer(config).train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "unreadable.jsonl").read_text().splitlines()]
+    assert sorted(Path(line["picture"]).name for line in lines) == ["0.png", "2.png"]
+    assert caplog.text.count("cannot be read and is passed over") == 2
+    strict = replace(config, output_dir=str(tmp_path / "strict"), data=replace(data, max_unreadable=1))
+    with pytest.raises(ValueError, match="2 pictures cannot be read, more than data.max_unreadable=1"):
+        Trainer(strict).train()
+
+
+def test_a_folder_of_no_readable_picture_is_refused(picture_folder):
+    for path in picture_folder.glob("*/*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="No picture can be read; the first is"):
+        items(folder_source(picture_folder, "caption"), range(1))
+
+
+@pytest.fixture
+def mixed_folder(tmp_path):
+    """Twenty pictures of three shapes, of which one is too tall for any bucket but the tallest."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for index in range(20):
+        size = ((96, 96), (144, 64), (64, 144))[index % 3] if index else (20, 200)
+        Image.new("RGB", size, (10 * index, 0, 0)).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (2, 2), (3, 2)])
+def test_buckets_give_every_step_one_size_and_every_epoch_every_picture(mixed_folder, batch_size, world_size):
+    data = folder_source(mixed_folder, None, bucket_multiple=8)
+    epoch_length = sum(-(-len(rows) // (batch_size * world_size)) for rows in data.members.values())
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * epoch_length, (epoch + 1) * epoch_length):
+            keys = [key for rank in range(world_size) for key in data.keys(step, batch_size, rank, world_size)]
+            assert len({bucket for _, bucket in keys}) == 1
+            height, width = data.sizes[keys[0][1]]
+            assert height % 8 == width % 8 == 0 and 0.6 < height * width / 32**2 < 1.5
+            assert data[keys[0]]["image"].shape == (3, height, width)
+            seen += [row for row, _ in keys]
+        assert set(seen) == set(range(20))
+    later = [data.keys(step, batch_size, 0, world_size) for step in range(2 * epoch_length)]
+    assert later[:epoch_length] != later[epoch_length:]
+
+
+def test_a_model_trains_on_buckets_and_on_sizes(mixed_folder, tmp_path):
+    data = DataConfig(name="imagefolder", path=str(mixed_folder), num_workers=0, bucket_multiple=16)
+    config = tiny_config(tmp_path / "run", data=data)
+    model = replace(config.model, caption_channels=None, use_additional_conditions=True)
+    shapes = set()
+    trainer = Trainer(replace(config, model=model, sample_every=100))
+    forward = trainer.encode.networks.denoiser.transformer.forward
+
+    def noted(hidden_states, **arguments):
+        shapes.add((*hidden_states.shape[-2:], *arguments["added_cond_kwargs"]["resolution"][0].tolist()))
+        return forward(hidden_states, **arguments)
+
+    trainer.denoiser.transformer.forward = noted
+    trainer.train()
+    assert len(shapes) > 1 and all(shape[:2] == shape[2:] for shape in shapes)
+    wrong = replace(config, model=model, data=replace(data, bucket_multiple=8), output_dir=str(tmp_path / "wrong"))
+    with pytest.raises(ValueError, match="no whole number of tokens, 16 pixels wide; make .* a multiple of 16"):
+        Trainer(wrong)
+
+
+def write_shards(folder: Path, count: int, per_shard: int) -> None:
+    folder.mkdir()
+    for shard in range(count):
+        with tarfile.open(folder / f"shard-{shard:02d}.tar", "w") as archive:
+            for index in range(shard * per_shard, (shard + 1) * per_shard):
+                picture = io.BytesIO()
+                Image.new("RGB", (40, 40), (index, 0, 0)).save(picture, "PNG")
+                files = {"png": picture.getvalue(), "txt": f"number {index}".encode(), "cls": b"%d" % (index % 2)}
+                for suffix, content in files.items():
+                    member = tarfile.TarInfo(f"part/{index:04d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("path", ["shards", "shards/shard-{00..01}.tar", "memory://shards/shard-{00..01}.tar"])
+def test_tar_shards_are_read_in_any_order_wherever_they_are(tmp_path, path):
+    write_shards(tmp_path / "shards", count=2, per_shard=4)
+    place = str(tmp_path / path)
+    if path.startswith("memory"):
+        remote = fsspec.filesystem("memory")
+        for shard in (tmp_path / "shards").iterdir():
+            remote.pipe_file(f"/shards/{shard.name}", shard.read_bytes())
+        place = path
+    config = DataConfig(name="webdataset", path=place, resolution=32, cache_dir=str(tmp_path / "cache"))
+    captioned = items(build_dataset(config, 0, "caption"), range(8))
+    for item in captioned:
+        number = round((item["image"][0, 0, 0].item() + 1) * 127.5)
+        assert item["caption"] == f"number {number}" and f"{number:04d}.png" in item["name"]
+    assert len({item["caption"] for item in captioned}) == 8
+    labelled = build_dataset(config, 0, "label")
+    assert labelled.classes == ["0", "1"]
+    assert sorted(item["label"] for item in items(labelled, range(8))) == [0] * 4 + [1] * 4
+
+
+def test_shards_that_cannot_be_read_are_named(tmp_path):
+    def refused(condition, **settings):
+        with pytest.raises(ValueError) as caught:
+            build_dataset(DataConfig(name="webdataset", **settings), 0, condition)
+        return str(caught.value)
+
+    assert "data.path is not set" in refused(None)
+    assert "is no file" in refused(None, path=str(tmp_path / "shard-{0..1}.tar"))
+    (tmp_path / "empty").mkdir()
+    assert "holds no .tar file" in refused(None, path=str(tmp_path / "empty"))
+    write_shards(tmp_path / "shards", count=1, per_shard=2)
+    shard = tmp_path / "shards" / "shard-00.tar"
+    shard.write_bytes(shard.read_bytes()[:2700])
+    assert "shard-00.tar is no whole tar" in refused(None, path=str(shard))
+    assert "memory://nowhere.tar cannot be fetched" in refused(None, path="memory://nowhere.tar")
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_data_set_of_hugging_face_is_read_by_its_columns(tmp_path, saved, picture_folder):
+    import datasets
+
+    if saved:
+        pictures = sorted(str(path) for path in picture_folder.glob("*/*.png"))
+        columns = {"picture": pictures, "text": [f"number {n}" for n in range(6)], "label": [0, 0, 0, 1, 1, 1]}
+        features = {"picture": datasets.Image(), "text": datasets.Value("string")}
+        features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+        datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(str(tmp_path / "saved"))
+        settings = {"path": str(tmp_path / "saved"), "image_column": "picture"}
+    else:
+        for path in picture_folder.glob("*/*.txt"):
+            path.unlink()  # or it would be a data set of texts
+        settings = {"path": str(picture_folder)}
+    config = DataConfig(name="huggingface", resolution=32, **settings)
+    labelled = build_dataset(config, 0, "label")
+    assert labelled.classes == ["cat", "dog"]
+    assert sorted(item["label"] for item in items(labelled, range(6))) == [0, 0, 0, 1, 1, 1]
+    if saved:
+        assert len({item["caption"] for item in items(build_dataset(config, 0, "caption"), range(6))}) == 6
+    else:
+        with pytest.raises(ValueError, match="has no column 'text' among .*data.caption_column"):
+            build_dataset(config, 0, "caption")

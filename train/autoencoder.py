@@ -18,6 +18,7 @@ from train.command_line import parse, run
 from train.data import MicroStepSampler, build_loader
 from train.datasets import build_dataset
 from train.settings import check_new_folder, check_ranges
+from train.unreadable import UnreadablePictures
 
 NORM_GROUPS = 8
 
@@ -87,24 +88,26 @@ def train(config: AutoencoderConfig) -> None:
     check_levels(config)
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
     set_seed(config.seed)
-    dataset = build_dataset(config.data, config.seed, condition=None)
-    vae = build_autoencoder(config, dataset.channels)
+    source = build_dataset(config.data, config.seed, condition=None)
+    vae = build_autoencoder(config, source.channels)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     processes, rank = accelerator.num_processes, accelerator.process_index
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=100 * processes, num_training_steps=config.max_steps * processes
     )
     model, optimizer, schedule = accelerator.prepare(Reconstruction(vae, config.pixel_std), optimizer, schedule)
-    sampler = MicroStepSampler(config.batch_size, 0, config.max_steps, rank, processes)
-    loader = build_loader(dataset, sampler, config.data.num_workers)
+    sampler = MicroStepSampler(source, config.batch_size, 0, config.max_steps, rank, processes)
+    loader = build_loader(sampler, config.data.num_workers)
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    side = config.data.resolution // 2 ** (len(config.block_out_channels) - 1)
+    unreadable = UnreadablePictures(folder, config.data.max_unreadable)
     progress = tqdm(loader, disable=not accelerator.is_main_process, unit="step", dynamic_ncols=True)
     for step, batch in enumerate(progress, start=1):
         pixels = batch["image"].to(accelerator.device)
-        noise = torch.randn(len(pixels), config.latent_channels, side, side, device=pixels.device)
+        unreadable.note(batch.get("unreadable", []))
+        sides = (side // 2 ** (len(config.block_out_channels) - 1) for side in pixels.shape[-2:])
+        noise = torch.randn(len(pixels), config.latent_channels, *sides, device=pixels.device)
         with accelerator.autocast():
             loss, error = model(pixels, noise)
         accelerator.backward(loss)
@@ -118,9 +121,9 @@ def train(config: AutoencoderConfig) -> None:
                 values = {"step": step, "time": time.time(), "loss": loss.item(), "squared_error": error.item()}
                 log.write(json.dumps(values) + "\n")
     if accelerator.is_main_process:
-        # positions beyond those trained on
-        first = config.max_steps * config.batch_size * processes
-        pixels = torch.stack([dataset[first + index]["image"] for index in range(256)]).to(accelerator.device)
+        beyond = config.max_steps * config.batch_size * processes // 256 + 1  # what it was not trained on, if there is
+        pictures = [source[key]["image"] for key in source.keys(beyond, 256, rank=0, world_size=1)]
+        pixels = torch.stack(pictures).to(accelerator.device)
         standardize(vae.eval(), pixels)
         vae.to(getattr(torch, config.save_dtype)).save_pretrained(folder)
     accelerator.end_training()

@@ -1,6 +1,7 @@
 """The networks of a run: built or loaded, wrapped for training, made into a pipeline."""
 
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,9 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from config import DataConfig, ModelConfig, SampleConfig, TextEncoderConfig, TrainConfig
+from config import ModelConfig, SampleConfig, TextEncoderConfig, TrainConfig
 from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
+from train.data import Source
 from train.objective import sampling_scheduler
 
 logger = logging.getLogger(__name__)
@@ -243,9 +245,9 @@ def load_vae(source: str | None) -> AutoencoderKL | None:
         ) from error
 
 
-def check_networks(networks: Networks, data: DataConfig, channels: int, classes: list[str] | None) -> None:
+def check_networks(networks: Networks, data: Source) -> None:
     """Raise a ValueError where the model does not fit the data or the autoencoder."""
-    model, vae = networks.denoiser.transformer.config, networks.vae
+    model, vae, channels = networks.denoiser.transformer.config, networks.vae, data.channels
     if vae is not None:
         channels = vae.config.latent_channels
     if model.in_channels != channels:
@@ -254,9 +256,12 @@ def check_networks(networks: Networks, data: DataConfig, channels: int, classes:
             f"model.in_channels={model.in_channels}, but the {source} has {channels} channels; set {channels}."
         )
     token = model.patch_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
-    if data.resolution % token:
-        raise ValueError(f"data.resolution={data.resolution} is not a multiple of {token} pixels (one token).")
-    side = data.resolution // (token // model.patch_size)
+    if odd := [size for size in data.sizes if size[0] % token or size[1] % token]:
+        raise ValueError(
+            f"Pictures of {odd[0][0]} x {odd[0][1]} pixels are no whole number of tokens, {token} pixels wide; make "
+            f"data.resolution, or data.bucket_multiple, a multiple of {token}."
+        )
+    side = round(math.sqrt(data.sizes[0][0] * data.sizes[0][1])) // (token // model.patch_size)
     if model.sample_size != side:
         logger.warning(
             "model.sample_size=%d, but the data is %d wide for the model; without a size the pipeline will draw "
@@ -268,5 +273,7 @@ def check_networks(networks: Networks, data: DataConfig, channels: int, classes:
             f"model.out_channels={model.out_channels} is neither null nor {channels}, nor the {2 * channels} of a "
             "PixArt that also predicts a variance; leave it null."
         )
-    if classes is not None and len(classes) != model.num_classes:
-        raise ValueError(f"model.num_classes={model.num_classes}, but the data has {len(classes)}: {classes}.")
+    if data.classes is not None and len(data.classes) != model.num_classes:
+        raise ValueError(
+            f"model.num_classes={model.num_classes}, but the data has {len(data.classes)}: {data.classes}."
+        )

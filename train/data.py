@@ -2,34 +2,66 @@
 
 import signal
 from collections.abc import Iterator
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
 
 from train.stopping import SIGNALS
 
+Condition = Literal["caption", "label"]
+
+
+class Source(Dataset):
+    """Pictures to train on: `keys` says which ones a micro-step sees, and `source[key]` is one of them, ready.
+
+    An item has "image" [C, H, W] in [-1, 1], "name" for people, and "caption" or "label" as asked for. Here the keys
+    are positions, of which there is no end.
+
+    Attributes:
+        channels: of the pictures.
+        classes: names of the labels, where there are any.
+        sizes: heights and widths that may come, each all over a micro-step.
+    """
+
+    channels = 3
+    classes: list[str] | None = None
+
+    def __init__(self, resolution: int, seed: int):
+        self.seed = seed
+        self.sizes = [(resolution, resolution)]
+
+    def words(self) -> list[str]:
+        """The words of all captions; none where there are no captions."""
+        return []
+
+    def keys(self, micro_step: int, batch_size: int, rank: int, world_size: int) -> list[Any]:
+        """What one process sees in one micro-step: a pure function of the seed and the arguments."""
+        start = (micro_step * world_size + rank) * batch_size
+        return list(range(start, start + batch_size))
+
 
 class MicroStepSampler:
-    """The positions of each micro-batch of one process, from the micro-step `first` up to `last`, exclusive."""
+    """The keys of each micro-batch of one process, from the micro-step `first` up to `last`, exclusive."""
 
-    def __init__(self, batch_size: int, first: int, last: int, rank: int, world_size: int):
+    def __init__(self, source: Source, batch_size: int, first: int, last: int, rank: int, world_size: int):
+        self.source = source
         self.batch_size = batch_size
         self.micro_steps = range(first, last)
         self.rank = rank
         self.world_size = world_size
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         for micro_step in self.micro_steps:
-            start = (micro_step * self.world_size + self.rank) * self.batch_size
-            yield list(range(start, start + self.batch_size))
+            yield self.source.keys(micro_step, self.batch_size, self.rank, self.world_size)
 
     def __len__(self) -> int:
         return len(self.micro_steps)
 
 
-def build_loader(dataset: Dataset, sampler: MicroStepSampler, num_workers: int) -> DataLoader:
+def build_loader(sampler: MicroStepSampler, num_workers: int) -> DataLoader:
     """Micro-batches for one process; the number of workers changes nothing but the speed."""
     return DataLoader(
-        dataset,
+        sampler.source,
         batch_sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

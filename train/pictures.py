@@ -1,8 +1,8 @@
-"""Pictures that lie somewhere: which of them a step sees, at which size, and what becomes of one that cannot be read."""
+"""Pictures that lie somewhere: which of them a step sees, at which size, and what if one cannot be read."""
 
 import math
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,9 +10,10 @@ from diffusers.training_utils import generate_aspect_ratio_buckets
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from config import DataConfig
+from train.data import Condition, Source
 
-Condition = Literal["caption", "label"]
 Key = tuple[int, int]  # row and bucket
+UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)  # what PIL raises
 
 
 class Records(Protocol):
@@ -39,36 +40,32 @@ class Records(Protocol):
     def label(self, row: int) -> int: ...
 
 
-class PictureSource(torch.utils.data.Dataset):
+class PictureSource(Source):
     """Records in a new order every epoch, each resized and cut to the nearest of the sizes.
 
-    All pictures of a step have the same size, in every process. A picture that cannot be read is replaced by the next one
-    of its size, and told of in "unreadable".
+    All pictures of a micro-step have the same size, in every process. A picture that cannot be read is replaced by the
+    next one of its bucket, and told of in "unreadable".
     """
 
-    channels = 3
-
-    def __init__(self, records: Records, config: DataConfig, seed: int, condition: Condition | None, multiple: int):
+    def __init__(self, records: Records, config: DataConfig, seed: int, condition: Condition | None):
+        super().__init__(config.resolution, seed)
         self.records = records
         self.condition = condition
         self.classes = records.classes if condition == "label" else None
-        self.seed = seed
-        self.sizes = [(config.resolution, config.resolution)]
         buckets = np.zeros(len(records), dtype=np.int64)
-        if config.buckets:
-            self.sizes = bucket_sizes(config.resolution, multiple)
+        if config.bucket_multiple is not None:
+            self.sizes = generate_aspect_ratio_buckets(config.resolution, config.bucket_multiple)
             buckets = nearest_buckets([upright_size(records, row) for row in range(len(records))], self.sizes)
         self.members = {bucket: np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets).tolist()}
 
     def words(self) -> list[str]:
-        """The words of all captions."""
         if self.condition != "caption":
             return []
         captions = (self.records.caption(row) for row in range(len(self.records)))
         return sorted({word for caption in captions for word in caption.lower().split()})
 
     def keys(self, micro_step: int, batch_size: int, rank: int, world_size: int) -> list[Key]:
-        """The pictures of one micro-step in one process: a pure function of the seed and the arguments.
+        """Rows and their bucket; the same bucket in all processes.
 
         An epoch holds every picture at least once; the last step of each size is filled up with its first pictures.
         """
@@ -102,14 +99,9 @@ class PictureSource(torch.utils.data.Dataset):
                 with self.records.open(row) as image:
                     upright = ImageOps.exif_transpose(image).convert("RGB")
                     return np.asarray(cut_to(upright, *self.sizes[bucket])), row, unreadable
-            except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
+            except UNREADABLE as error:
                 unreadable.append(f"{self.records.name(row)}: {' '.join(str(error).split())}")
         raise ValueError(f"No picture can be read; the first is {unreadable[0]}.")
-
-
-def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
-    """Heights and widths of about resolution² pixels, multiples of a token; see diffusers' function."""
-    return generate_aspect_ratio_buckets(resolution, divisibility=multiple)
 
 
 def nearest_buckets(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]]) -> np.ndarray:
@@ -125,7 +117,7 @@ def upright_size(records: Records, row: int) -> tuple[int, int]:
         with records.open(row) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that lie on their side
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError):
+    except UNREADABLE:
         return 1, 1
     return (width, height) if turned else (height, width)
 

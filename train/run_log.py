@@ -27,6 +27,7 @@ class StepRecord:
     Args:
         losses, timesteps: of every picture, [B] tensors, one for each micro-step.
         names: of the pictures.
+        unreadable: which pictures could not be read, and why.
         grad_norm: before it was clipped.
         finite: whether the weights were updated, which they are not where a loss or gradient is no number.
     """
@@ -34,6 +35,7 @@ class StepRecord:
     losses: list[torch.Tensor] = field(default_factory=list)
     timesteps: list[torch.Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     grad_norm: torch.Tensor = torch.tensor(0.0)
     finite: torch.Tensor = torch.tensor(True)
 

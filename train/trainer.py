@@ -17,14 +17,15 @@ from torch import nn
 from config import TrainConfig
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import build_networks, check_networks, check_samples, model_settings
-from train.data import MicroStepSampler, build_loader
-from train.datasets import Condition, DigitScenes, ImageFolder, build_dataset
+from train.data import Condition, MicroStepSampler, build_loader
+from train.datasets import build_dataset
 from train.encoding import BatchEncoder
 from train.optimizers import build_optimizers, build_schedules, own_settings, restore_settings, step_if_finite
 from train.run_log import RunLog, StepRecord
 from train.settings import as_plain, check_run, save_settings
 from train.stopping import Stopped, StopSignals
 from train.stopwatch import Stopwatch
+from train.unreadable import UnreadablePictures
 
 
 class Trainer:
@@ -41,13 +42,12 @@ class Trainer:
             project_dir=str(self.output_dir),
         )
         resume = self._find_start()
-        dataset = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
+        source = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
         set_seed(config.seed)
 
-        words = dataset.words() if isinstance(dataset, DigitScenes | ImageFolder) else []
-        self.networks = build_networks(config, words)
-        self.networks.classes = dataset.classes
-        check_networks(self.networks, config.data, dataset.channels, dataset.classes)
+        self.networks = build_networks(config, source.words())
+        self.networks.classes = source.classes
+        check_networks(self.networks, source)
         check_samples(self.networks.pipeline(config), config.sample)
         self.denoiser = self.networks.denoiser
         if self.networks.vae is not None:
@@ -72,13 +72,14 @@ class Trainer:
             self.watch.attach("text", self.denoiser.text_encoder)
         self.encode = BatchEncoder(config, self.networks, self.accelerator, self.watch)
         sampler = MicroStepSampler(
+            source,
             config.batch_size,
             first=self.state["step"] * config.gradient_accumulation_steps,
             last=config.max_steps * config.gradient_accumulation_steps,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        self.loader = build_loader(dataset, sampler, config.data.num_workers)
+        self.loader = build_loader(sampler, config.data.num_workers)
 
     def _find_start(self) -> Path | None:
         """The checkpoint to go on from, or None; the main process looks for it, and all hear the same.
@@ -123,10 +124,13 @@ class Trainer:
         if config.report_to:
             accelerator.init_trackers("train", config=None)
         self.log = RunLog(config, accelerator, self.watch, first, self.state.get("skipped_steps", 0))
+        self.unreadable = UnreadablePictures(self.output_dir, config.data.max_unreadable)
         batches = iter(self.loader)
         with self.log.progress, StopSignals() as stop:
             for step in range(first, config.max_steps):
-                self.log.add(self.train_step(step, batches))
+                record = self.train_step(step, batches)
+                self.unreadable.note(record.unreadable)
+                self.log.add(record)
                 done, stops = step + 1, stop.agreed()
                 saves = stops or done % config.checkpoint_every == 0 or done == config.max_steps
                 if saves or done % config.log_every == 0:  # the log ends a run that learns nothing, unsaved
@@ -163,12 +167,14 @@ class Trainer:
             record.losses.append(losses.detach())
             record.timesteps.append(example.noised.timestep)
             record.names += batch["name"]
+            record.unreadable += batch.get("unreadable", [])
         return record
 
     def _update(self, record: StepRecord) -> None:
         """Clip the gradients and step, unless they are no numbers; the schedule goes on in any case."""
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-        record.grad_norm, record.finite = norm, torch.isfinite(norm)
+        record.grad_norm = torch.as_tensor(norm, device=self.accelerator.device)
+        record.finite = torch.isfinite(record.grad_norm)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             step_if_finite(optimizer, record.finite)
             schedule.step()

@@ -1,0 +1,278 @@
+"""Where pictures lie: folders, data sets of the Hugging Face Hub, tar shards; all are rows to be read in any order."""
+
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from config import DataConfig
+from train.data import Condition
+from train.pictures import Records
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as in shard-{000..127}.tar
+
+
+def load_records(config: DataConfig, condition: Condition | None) -> Records:
+    """The pictures that the config names, with what the model is conditioned on.
+
+    Raises:
+        ValueError: where there are none, or they have no such condition.
+    """
+    if config.path is None:
+        raise ValueError(f"data.path is not set; say where the pictures of data.name={config.name!r} are.")
+    return RECORDS[config.name](config, condition)
+
+
+class FolderRecords:
+    """Pictures of a folder at any depth.
+
+    Captions come from .txt files or metadata.jsonl, classes from the names of the folders.
+    """
+
+    def __init__(self, config: DataConfig, condition: Condition | None):
+        root = Path(str(config.path))
+        if not root.is_dir():
+            raise ValueError(f"data.path={config.path!r} is not a folder; give the folder of your pictures.")
+        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.files:
+            raise ValueError(f"{root} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}); check data.path.")
+        self.classes = sorted({path.parent.name for path in self.files}) if condition == "label" else None
+        self.captions = read_captions(root, self.files) if condition == "caption" else []
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, row: int) -> str:
+        return str(self.files[row])
+
+    def open(self, row: int) -> Image.Image:
+        return Image.open(self.files[row])
+
+    def caption(self, row: int) -> str:
+        return self.captions[row]
+
+    def label(self, row: int) -> int:
+        return (self.classes or []).index(self.files[row].parent.name)
+
+
+def read_captions(root: Path, files: list[Path]) -> list[str]:
+    """The caption of each file: from a .txt of the same name, or from the root's metadata.jsonl (file_name, text).
+
+    Raises:
+        ValueError: where a line of metadata.jsonl cannot be read, or a picture has no caption.
+    """
+    metadata = {}
+    listing = root / "metadata.jsonl"
+    lines = read_text(listing).splitlines() if listing.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if not isinstance(entry["text"], str):
+                raise TypeError("its text is no text")
+            metadata[root / entry["file_name"]] = entry["text"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'Line {number} of {listing} is not {{"file_name": "...", "text": "..."}}; correct it.'
+            ) from error
+    captions, missing = [], []
+    for file in files:
+        text = file.with_suffix(".txt")
+        if file in metadata:
+            captions.append(metadata[file])
+        elif text.is_file():
+            captions.append(read_text(text).strip())
+        else:
+            missing.append(file)
+    if missing:
+        raise ValueError(
+            f"{missing[0]} and {len(missing) - 1} other picture(s) have no caption; put it into a .txt file of the "
+            "same name or into metadata.jsonl, or set model.caption_channels to null and train on classes or nothing."
+        )
+    return captions
+
+
+def read_text(file: Path) -> str:
+    """The text of a file; raises a ValueError that names it where it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
+
+
+class HubRecords:
+    """The rows of a data set that `datasets.load_dataset` or `load_from_disk` reads: a Hub id or a folder."""
+
+    def __init__(self, config: DataConfig, condition: Condition | None):
+        try:
+            import datasets  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError("data.name=huggingface needs the package datasets; pip install datasets.") from error
+        path = str(config.path)
+        try:
+            saved = (Path(path) / "dataset_info.json").is_file() or (Path(path) / "dataset_dict.json").is_file()
+            rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=config.split)
+        except Exception as error:  # a download fails in many ways, and each is one sentence to the user
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(f"data.path={path!r} cannot be loaded as a data set ({reason}); check it.") from error
+        if isinstance(rows, dict):
+            rows = rows[config.split]
+        self.columns = {"caption": config.caption_column, "label": config.label_column}
+        wanted = [config.image_column, *([self.columns[condition]] if condition else [])]
+        if missing := sorted(set(wanted) - set(rows.column_names)):
+            raise ValueError(
+                f"{path} has no column {missing[0]!r} among {rows.column_names}; name yours by data.image_column, "
+                "data.caption_column and data.label_column."
+            )
+        # decoded here, so that a row that cannot be read does not end the run
+        self.rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+        self.path, self.image_column = path, config.image_column
+        self.classes = list(rows.features[config.label_column].names) if condition == "label" else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, row: int) -> str:
+        return f"{self.path}[{row}]"
+
+    def open(self, row: int) -> Image.Image:
+        encoded = self.rows[row][self.image_column]
+        return Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
+
+    def caption(self, row: int) -> str:
+        return str(self.rows[row][self.columns["caption"]])
+
+    def label(self, row: int) -> int:
+        return int(self.rows[row][self.columns["label"]])
+
+
+class Part(NamedTuple):
+    """A file inside a tar shard."""
+
+    shard: int
+    start: int
+    size: int
+
+
+class TarRecords:
+    """Samples of tar shards in WebDataset's layout: files of the same stem belong together.
+
+    A picture, a .txt with its caption and a .cls with its label's number. Shards that are not on this machine (any
+    address that fsspec opens, such as hf:// or s3://) are copied to `data.cache_dir` first, each once.
+    """
+
+    def __init__(self, config: DataConfig, condition: Condition | None):
+        self.shards = [local_copy(shard, config.cache_dir) for shard in list_shards(str(config.path))]
+        samples: dict[str, dict[str, Part]] = {}
+        for number, shard in enumerate(self.shards):
+            for stem, suffix, part in index_tar(shard, number):
+                samples.setdefault(stem, {})[suffix] = part
+        self.names, self.images, self.texts, self.labels = [], [], [], []
+        for stem, parts in samples.items():
+            image = next((suffix for suffix in parts if suffix in IMAGE_SUFFIXES), None)
+            if image is None:
+                continue
+            self.names.append(f"{self.shards[parts[image].shard]}:{stem}{image}")
+            self.images.append(parts[image])
+            self.texts.append(parts.get(".txt"))
+            self.labels.append(parts.get(".cls"))
+        self._check(str(config.path), condition)
+        self.classes = None
+        if condition == "label":
+            self.labels = [int(self._bytes(part)) for part in self.labels]
+            self.classes = [str(number) for number in range(max(self.labels) + 1)]
+
+    def _check(self, path: str, condition: Condition | None) -> None:
+        if not self.images:
+            raise ValueError(f"{path} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}); check data.path.")
+        parts, suffix = {"caption": (self.texts, ".txt"), "label": (self.labels, ".cls")}.get(condition or "", ([], ""))
+        if None in parts:
+            raise ValueError(f"{self.names[parts.index(None)]} has no {suffix} beside it in its shard; add it.")
+
+    def _bytes(self, part: Part) -> bytes:
+        with self.shards[part.shard].open("rb") as file:
+            file.seek(part.start)
+            return file.read(part.size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, row: int) -> str:
+        return self.names[row]
+
+    def open(self, row: int) -> Image.Image:
+        return Image.open(io.BytesIO(self._bytes(self.images[row])))
+
+    def caption(self, row: int) -> str:
+        return self._bytes(self.texts[row]).decode().strip()
+
+    def label(self, row: int) -> int:
+        return self.labels[row]
+
+
+def list_shards(path: str) -> list[str]:
+    """The shards of a folder, of one file, or of a name with a range such as shard-{000..127}.tar.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    if Path(path).is_dir():
+        shards = sorted(str(shard) for shard in Path(path).rglob("*.tar"))
+        if not shards:
+            raise ValueError(f"{path} holds no .tar file; check data.path.")
+        return shards
+    braces = BRACES.search(path)
+    if braces is None:
+        return [path]
+    first, last = braces.groups()
+    return [
+        f"{path[: braces.start()]}{number:0{len(first)}d}{path[braces.end() :]}"
+        for number in range(int(first), int(last) + 1)
+    ]
+
+
+def local_copy(shard: str, cache_dir: str | None) -> Path:
+    """A shard on this machine: itself, or a copy in the cache.
+
+    Raises:
+        ValueError: where it cannot be had.
+    """
+    if "://" not in shard:
+        if not Path(shard).is_file():
+            raise ValueError(f"The shard {shard} is no file; check data.path.")
+        return Path(shard)
+    import fsspec
+
+    folder = cache_dir or str(Path.home() / ".cache" / "localdit" / "shards")
+    try:
+        return Path(fsspec.open_local(f"filecache::{shard}", filecache={"cache_storage": folder}))  # pyright: ignore
+    except Exception as error:  # each file system fails in its own way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"The shard {shard} cannot be fetched ({reason}); check data.path.") from error
+
+
+def index_tar(path: Path, shard: int) -> list[tuple[str, str, Part]]:
+    """Stem, suffix and place of every file in a tar, without reading what is in them.
+
+    Raises:
+        ValueError: where it is no whole tar.
+    """
+    found = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    folder, _, file = member.name.rpartition("/")
+                    stem, dot, suffix = file.partition(".")
+                    part = Part(shard, member.offset_data, member.size)
+                    found.append((f"{folder}/{stem}", (dot + suffix).lower(), part))
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{path} is no whole tar ({error}); fetch or write it again.") from error
+    return found
+
+
+RECORDS = {"imagefolder": FolderRecords, "huggingface": HubRecords, "webdataset": TarRecords}
