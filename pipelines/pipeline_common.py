@@ -1,4 +1,4 @@
-"""What the LocalDiT pipelines share: prompt encoding, the denoising loop, decoding."""
+"""What the LocalDiT pipelines share: defaults, noise and timesteps, the denoising loop, decoding."""
 
 import importlib
 import inspect
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 
 Setting = TypeVar("Setting")
 
-# B pictures in the batch, L text tokens, H and W of the latents
+# B pictures in the batch, H and W of the latents
 
 # What a call uses where neither the caller nor the folder's `call_defaults` says otherwise.
 STANDARD_CALL = {
@@ -30,14 +30,6 @@ STANDARD_CALL = {
     "max_sequence_length": 120,
     "aspect_ratio": "height/width",
 }
-
-# What `encode_prompt` returns, and a callback may change.
-PROMPT_CONDITIONS = (
-    "prompt_embeds",
-    "prompt_attention_mask",
-    "negative_prompt_embeds",
-    "negative_prompt_attention_mask",
-)
 
 ASPECT_RATIOS = ("height/width", "width/height")  # PixArt's, and the released LocalDiT's
 
@@ -136,81 +128,6 @@ class LocalDiTPipelineMixin:
         height, width = self.call_default("height", height), self.call_default("width", width)
         return side if height is None else height, side if width is None else width
 
-    def encode_prompt(
-        self,
-        prompt: str | list[str] | None = None,
-        negative_prompt: str | list[str] | None = None,
-        do_classifier_free_guidance: bool = True,
-        num_images_per_prompt: int = 1,
-        device: torch.device | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        prompt_attention_mask: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_attention_mask: torch.Tensor | None = None,
-        max_sequence_length: int | None = None,
-    ):
-        """Encode texts into what the transformer's cross-attention reads.
-
-        Args:
-            prompt: one text or a list of B.
-            negative_prompt: what guidance steers away from; None for the empty text.
-            do_classifier_free_guidance: whether to encode the negative prompt at all.
-            num_images_per_prompt: pictures per text; every row is repeated so often.
-            device: where to; None for the pipeline's device.
-            prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask: what was
-                encoded before, [B, L, caption_channels] and [B, L]; used instead of encoding.
-            max_sequence_length: L; None for the folder's default. A text beside embeddings is encoded to their L.
-
-        Returns:
-            prompt_embeds [B * num_images_per_prompt, L, caption_channels], prompt_attention_mask [..., L] and the
-            same two for the negative prompt (None without guidance).
-        """
-        device = device or self._execution_device
-        max_sequence_length = self.call_default("max_sequence_length", max_sequence_length)
-        if negative_prompt_embeds is not None and do_classifier_free_guidance:
-            max_sequence_length = negative_prompt_embeds.shape[1]
-        if prompt_embeds is None or prompt_attention_mask is None:
-            texts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-            prompt_embeds, prompt_attention_mask = self._encode_texts(texts, max_sequence_length, device)
-        batch_size, tokens = prompt_embeds.shape[:2]
-        dtype = self.transformer.dtype if self.transformer is not None else prompt_embeds.dtype
-        prompt_embeds = _repeat_rows(prompt_embeds, num_images_per_prompt, device, dtype)
-        prompt_attention_mask = _repeat_rows(prompt_attention_mask, num_images_per_prompt, device)
-
-        if do_classifier_free_guidance:
-            if negative_prompt_embeds is None or negative_prompt_attention_mask is None:
-                texts = [negative_prompt or ""] if not isinstance(negative_prompt, list) else negative_prompt
-                texts = texts * batch_size if len(texts) == 1 else texts
-                negative_prompt_embeds, negative_prompt_attention_mask = self._encode_texts(texts, tokens, device)
-            negative_prompt_embeds = _repeat_rows(negative_prompt_embeds, num_images_per_prompt, device, dtype)
-            negative_prompt_attention_mask = _repeat_rows(negative_prompt_attention_mask, num_images_per_prompt, device)
-        else:
-            negative_prompt_embeds = None
-            negative_prompt_attention_mask = None
-        return prompt_embeds, prompt_attention_mask, negative_prompt_embeds, negative_prompt_attention_mask
-
-    def prompt_conditions(self, *arguments: Any) -> dict[str, torch.Tensor | None]:
-        """What `encode_prompt` returns for its arguments, by name."""
-        return dict(zip(PROMPT_CONDITIONS, self.encode_prompt(*arguments), strict=True))
-
-    def _encode_texts(
-        self, texts: list[str], max_sequence_length: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.text_encoder is None:
-            raise ValueError(
-                "This pipeline has no text_encoder to encode the (negative) prompt with; give both prompt_embeds and "
-                "negative_prompt_embeds, or guidance_scale=1."
-            )
-        tokens = self.tokenizer(
-            texts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
-        )
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
-        for text, length in zip(texts, lengths, strict=True):
-            if length > max_sequence_length:
-                logger.warning(f"Only the first {max_sequence_length} of {length} tokens are used of {text!r}.")
-        mask = tokens.attention_mask.to(device)
-        return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0], mask
-
     def prepare_noise(
         self,
         batch_size: int,
@@ -253,16 +170,19 @@ class LocalDiTPipelineMixin:
         schedule = retrieve_timesteps(self.scheduler, num_inference_steps, device, timesteps, sigmas, **shift)
         return cast(tuple[torch.Tensor, int], schedule)
 
-    def size_conditions(self, batch_size: int, height: int, width: int) -> dict[str, torch.Tensor] | None:
-        """Resolution [B, 2] in pixels and aspect ratio [B, 1], for a transformer that was trained with them."""
+    def size_conditions(self, height: int, width: int) -> dict[str, torch.Tensor] | None:
+        """Resolution [1, 2] in pixels and aspect ratio [1, 1], for a transformer that was trained with them.
+
+        One row for all pictures, as caches such as FasterCache run the transformer on parts of a batch.
+        """
         if not self.transformer.use_additional_conditions:
             return None
         like = {"dtype": self.transformer.dtype, "device": self._execution_device}
         upright = self.call_default("aspect_ratio", None) == "height/width"
         aspect_ratio = height / width if upright else width / height
         return {
-            "resolution": torch.tensor([[height, width]] * batch_size, **like),
-            "aspect_ratio": torch.tensor([[aspect_ratio]] * batch_size, **like),
+            "resolution": torch.tensor([[height, width]], **like),
+            "aspect_ratio": torch.tensor([[aspect_ratio]], **like),
         }
 
     def denoise(
@@ -278,7 +198,7 @@ class LocalDiTPipelineMixin:
         callback_on_step_end_tensor_inputs: Iterable[str],
         after_step: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Run the sampler over `timesteps`; `conditions` maps the names that `encode_prompt` returns to its tensors.
+        """Run the sampler over `timesteps`; `conditions` maps names to tensors, which a callback may change.
 
         `after_step` changes the latents after each step, given them and the timesteps that are left.
         """
@@ -330,7 +250,7 @@ class LocalDiTPipelineMixin:
                 model_input.to(self.transformer.dtype),
                 **self.transformer_conditions(conditions),
                 timestep=timestep.expand(len(model_input)),
-                added_cond_kwargs=self.size_conditions(len(model_input), height, width),
+                added_cond_kwargs=self.size_conditions(height, width),
                 attention_kwargs=self.attention_kwargs,
                 return_dict=False,
             )[0]
@@ -340,14 +260,6 @@ class LocalDiTPipelineMixin:
             unconditional, conditional = prediction.chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
         return sample_to_velocity(prediction, latents, timestep, self.scheduler)
-
-    def transformer_conditions(self, conditions: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The conditions by the transformer's names; with guidance the negative ones come before the others."""
-        embeds, mask = conditions["prompt_embeds"], conditions["prompt_attention_mask"]
-        if self.do_classifier_free_guidance:
-            embeds = torch.cat((conditions["negative_prompt_embeds"], embeds))
-            mask = torch.cat((conditions["negative_prompt_attention_mask"], mask))
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
     def decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Turn latents into pictures of the asked type (or leave them for "latent")."""
@@ -373,12 +285,6 @@ def sample_to_velocity(
         return prediction
     sigma = timestep / scheduler.config.num_train_timesteps
     return (latents - prediction) / sigma
-
-
-def _repeat_rows(
-    rows: torch.Tensor, times: int, device: torch.device, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    return rows.to(device=device, dtype=dtype).repeat_interleave(times, dim=0)
 
 
 def _supported(function: Callable, **arguments: Any) -> dict[str, Any]:

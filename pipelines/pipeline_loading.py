@@ -25,6 +25,7 @@ WAY_OUT = "copy or download the folder anew, or save the pipeline again"
 MODELS = ("text_encoder", "transformer", "vae")
 
 PLAIN = re.compile(r"[^.]+\.(safetensors|bin)")  # a file of weights that are of no variant, such as .fp16.safetensors
+HUB_ARGUMENTS = ("repo_id", "private", "token", "commit_message", "create_pr")  # of save_pretrained, for the push
 REMOTE_CODE = "diffusers_modules"  # the package that diffusers runs a folder's own code in
 
 
@@ -70,10 +71,11 @@ class LocalDiTLoadingMixin:
         """Save as `DiffusionPipeline.save_pretrained` does, so that the folder loads wherever this pipeline did.
 
         transformers loads a text encoder in the precision that its config.json names, so that names fp32, whatever the
-        weights' own. Code that came with the weights goes with them.
+        weights' own. Code that came with the weights goes with them. With `push_to_hub=True` it is pushed too, by the
+        method of that name, to `repo_id` or else to a repository of the folder's name.
         """
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError("save_pretrained writes a folder only; push with pipeline.push_to_hub(repo_id).")
+        pushes = kwargs.pop("push_to_hub", False)
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         config_file = Path(save_directory) / "text_encoder" / "config.json"
         if config_file.is_file():
@@ -81,6 +83,8 @@ class LocalDiTLoadingMixin:
             config_file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
         if any(type(part).__module__.startswith(REMOTE_CODE) for part in (self, self.transformer)):
             _save_remote_code(self, Path(save_directory))
+        if pushes:
+            self.push_to_hub(hub.pop("repo_id", Path(save_directory).name), **hub)
 
 
 @contextmanager

@@ -16,10 +16,12 @@ from .pipeline_checks import LocalDiTChecksMixin
 from .pipeline_common import LocalDiTPipelineMixin
 from .pipeline_loading import LocalDiTLoadingMixin
 from .pipeline_single_file import LocalDiTSingleFileMixin
+from .pipeline_text_input import LocalDiTTextInputMixin
 
 
 class LocalDiTPipeline(
     LocalDiTChecksMixin,
+    LocalDiTTextInputMixin,
     LocalDiTPipelineMixin,
     LocalDiTSingleFileMixin,
     LocalDiTLoadingMixin,

@@ -18,11 +18,13 @@ from .pipeline_common import LocalDiTPipelineMixin
 from .pipeline_image_input import LocalDiTImageInputMixin
 from .pipeline_loading import LocalDiTLoadingMixin
 from .pipeline_single_file import LocalDiTSingleFileMixin
+from .pipeline_text_input import LocalDiTTextInputMixin
 
 
 class LocalDiTImg2ImgPipeline(
     LocalDiTImageInputMixin,
     LocalDiTChecksMixin,
+    LocalDiTTextInputMixin,
     LocalDiTPipelineMixin,
     LocalDiTSingleFileMixin,
     LocalDiTLoadingMixin,

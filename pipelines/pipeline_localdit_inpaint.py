@@ -19,12 +19,14 @@ from .pipeline_image_input import LocalDiTImageInputMixin
 from .pipeline_loading import LocalDiTLoadingMixin
 from .pipeline_mask_input import LocalDiTMaskInputMixin
 from .pipeline_single_file import LocalDiTSingleFileMixin
+from .pipeline_text_input import LocalDiTTextInputMixin
 
 
 class LocalDiTInpaintPipeline(
     LocalDiTMaskInputMixin,
     LocalDiTImageInputMixin,
     LocalDiTChecksMixin,
+    LocalDiTTextInputMixin,
     LocalDiTPipelineMixin,
     LocalDiTSingleFileMixin,
     LocalDiTLoadingMixin,

@@ -15,6 +15,8 @@ def single_masks(mask_image) -> list:
     """The masks of a batch, a single mask, or a list of either."""
     if isinstance(mask_image, list):
         return [mask for item in mask_image for mask in single_masks(item)]
+    if isinstance(mask_image, np.ndarray) and mask_image.ndim >= 3 and mask_image.shape[-1] == 1:
+        mask_image = mask_image[..., 0]  # numpy's channels come last
     batch = {np.ndarray: 3, torch.Tensor: 4}.get(type(mask_image))
     return list(mask_image) if batch is not None and mask_image.ndim == batch else [mask_image]
 

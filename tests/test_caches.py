@@ -6,12 +6,13 @@ from accelerate import cpu_offload
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
 
-from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 
 STEPS = 8
 
@@ -69,6 +70,27 @@ def test_a_cache_saves_work_changes_little_and_leaves_nothing_behind(deep_pipeli
     assert torch.equal(draw(deep_pipeline), plain)
 
 
+@pytest.mark.parametrize("condition", ["sizes", "labels"])
+def test_a_cache_that_leaves_out_half_of_a_batch_leaves_out_its_other_conditions(
+    make_pipeline, tiny_transformer, condition
+):
+    settings = {"num_layers": 4, "use_additional_conditions": True}
+    if condition == "labels":
+        settings = {"num_layers": 4, "caption_channels": None, "num_classes": 3}
+        pipe = LocalDiTClassPipeline(
+            vae=None, transformer=tiny_transformer(**settings), scheduler=FlowMatchEulerDiscreteScheduler()
+        )
+    else:
+        pipe = make_pipeline(transformer=tiny_transformer(**settings))
+    batches = []
+    pipe.transformer.transformer_blocks[0].register_forward_hook(lambda _, inputs, __: batches.append(len(inputs[0])))
+    pipe.transformer.enable_cache(CACHES["faster"](pipe))
+    given = ([1, 2],) if condition == "labels" else (["a red seven", "a blue two"],)
+    pictures = pipe(*given, num_inference_steps=STEPS, guidance_scale=2.0, output_type="pt").images
+    assert torch.isfinite(pictures).all()
+    assert set(batches) == {2, 4}
+
+
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_group_offloading_changes_nothing(pipeline, offload_type):
     plain = draw(pipeline)
@@ -110,6 +132,19 @@ def test_a_device_map_and_a_variant_load_the_same_weights(pipeline, tmp_path):
     assert len(shards) > 1
     loaded = LocalDiTTransformer2DModel.from_pretrained(tmp_path, variant="ema", device_map="cpu")
     for mine, theirs in zip(loaded.parameters(), transformer.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_pipeline_hands_variant_format_and_shard_size_on_to_its_transformer(pipeline, tmp_path, safe):
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="20KB", safe_serialization=safe)
+    suffix = ".safetensors" if safe else ".bin"
+    files = [path.name for path in (tmp_path / "transformer").iterdir() if path.suffix == suffix]
+    assert len(files) > 1 and all("fp16" in name for name in files)
+    # transformers saves its text encoder as safetensors in any case
+    rest = {} if safe else {"text_encoder": None, "tokenizer": None}
+    loaded = LocalDiTPipeline.from_pretrained(tmp_path, variant="fp16", use_safetensors=safe, **rest)
+    for mine, theirs in zip(loaded.transformer.parameters(), pipeline.transformer.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 

@@ -140,3 +140,7 @@ def test_labels_need_a_model_of_classes_and_text_needs_its_own_pipeline(make, ma
     text = make_pipeline(LocalDiTPipeline)
     with pytest.raises(ValueError, match="use LocalDiTPipeline"):
         LocalDiTClassPipeline(vae=None, transformer=text.transformer, scheduler=text.scheduler)()
+
+
+def test_a_pipeline_without_texts_has_no_method_for_them(make):
+    assert not hasattr(make(), "encode_prompt")

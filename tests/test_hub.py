@@ -308,6 +308,15 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_made(pipeline, tm
     assert not (tmp_path / "folder").exists()
 
 
+def test_saving_may_push_as_well(pipeline, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(LocalDiTPipeline, "push_to_hub", lambda *given, **named: pushed.append((*given[1:], named)))
+    pipeline.save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    pipeline.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id=REPO)
+    assert pushed == [("mine", {"private": True}), (REPO, {})]
+    assert (tmp_path / "mine" / "model_index.json").is_file()
+
+
 def test_a_misspelt_argument_is_refused_before_anything_is_made(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda **kwargs: pytest.fail("the Hub was called"))
     with pytest.raises(TypeError, match="privat"):

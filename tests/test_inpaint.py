@@ -47,6 +47,12 @@ def test_a_list_of_masks_may_hold_batches(make_pipeline):
     assert np.allclose(pictures[0], pictures[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 1), (1, 16, 16), (1, 16, 16, 1)])
+def test_a_mask_of_numpy_may_have_a_channel_and_a_batch(make_pipeline, shape):
+    pipe = make_pipeline(LocalDiTInpaintPipeline)
+    assert np.array_equal(paint(pipe, mask=LEFT.reshape(shape)), paint(pipe))
+
+
 SCHEDULERS = {
     "ddim": lambda: DDIMScheduler(prediction_type="epsilon", clip_sample=False),
     "euler": lambda: EulerDiscreteScheduler(prediction_type="epsilon"),

@@ -296,8 +296,8 @@ def test_the_size_reaches_a_transformer_that_is_conditioned_on_it(make_pipeline,
     pipeline = make_pipeline(transformer=tiny_transformer(use_additional_conditions=True))
     calls = calls_of(pipeline.transformer)
     draw(pipeline, height=8, width=16)
-    assert calls[0]["added_cond_kwargs"]["resolution"].tolist() == [[8, 16]] * 2
-    assert calls[0]["added_cond_kwargs"]["aspect_ratio"].tolist() == [[0.5]] * 2
+    assert calls[0]["added_cond_kwargs"]["resolution"].tolist() == [[8, 16]]
+    assert calls[0]["added_cond_kwargs"]["aspect_ratio"].tolist() == [[0.5]]
 
 
 def test_a_lora_adapter_weighs_what_attention_kwargs_say(pipeline):

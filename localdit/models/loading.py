@@ -1,6 +1,7 @@
 """Loading a model whole or not at all, and checkpoints that this library did not write."""
 
 import difflib
+import functools
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from diffusers.models.modeling_utils import no_init_weights
+from diffusers.models.modeling_utils import ModelMixin, no_init_weights
 from diffusers.utils.hub_utils import _get_model_file
 
 from localdit.conversion import (
@@ -38,7 +39,7 @@ StateDict = dict[str, torch.Tensor]
 
 
 class LoadingMixin:
-    """`from_pretrained` and `save_pretrained` of whole models, `from_single_file` for the released one, `from_pixart`."""
+    """Whole models to and from folders, `from_single_file` for the released one, and `from_pixart`."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -55,6 +56,7 @@ class LoadingMixin:
         check_complete(os.fspath(pretrained_model_name_or_path), info)
         return (model, info) if wants_info else model
 
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())  # pipelines look for its parameters before they give them
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
         """Write a folder as `ModelMixin.save_pretrained` does, with the same arguments.
 
