@@ -200,9 +200,18 @@ class ObjectiveConfig:
             (arXiv 2006.11239), 1,000 steps.
         prediction_type: "flow_prediction" (velocity e - x_0) with "flow"; "epsilon" or "v_prediction" with "diffusion";
             "sample" (the clean picture) with either. By the names of diffusers' schedulers.
-        logit_mean, logit_std: of the normal whose sigmoid is drawn as s in "flow" (arXiv 2403.03206); "diffusion" draws
-            timesteps uniformly.
-        min_sigma: with "flow" and "sample" the error is weighed by 1 / max(s, min_sigma)², which is the velocity's.
+        timestep_density: what s is drawn from in "flow" (arXiv 2403.03206): "logit_normal" (the sigmoid of a normal of
+            `logit_mean` and `logit_std`), "mode" (with `mode_scale`) or "uniform"; "diffusion" draws timesteps
+            uniformly.
+        logit_mean, logit_std, mode_scale: of the densities.
+        shift_resolution: with "flow", larger pictures are noised more, as arXiv 2403.03206 (5.3.2) has it: s becomes
+            a s / (1 + (a - 1) s), where a is the picture's side over this one, in the pixels or latents that the
+            transformer works on; None for no shift.
+        loss_weighting: of the squared error, by how much noise there is: "none" (the network's own error with
+            "diffusion", the velocity's with "flow"), "min_snr" (arXiv 2303.09556, with `min_snr_gamma`), "p2" (arXiv
+            2204.00227, k = gamma = 1), and with "flow" "sigma_sqrt" or "cosmap" (arXiv 2403.03206).
+        min_snr_gamma: the most that an error of the clean picture is weighed by.
+        min_sigma: s is taken to be at least this where it is divided by.
         condition_dropout: share of captions (or labels) replaced by the empty one, for guidance, in [0, 1).
         recolour_sigma: the least share of noise at which a recoloured scene (`data.recoloured`) is the input.
         flow_shift: of the sampler's sigmas s, which become shift s / (1 + (shift - 1) s); above 1, more of the steps
@@ -211,8 +220,13 @@ class ObjectiveConfig:
 
     process: Literal["flow", "diffusion"] = "flow"
     prediction_type: Literal["flow_prediction", "sample", "epsilon", "v_prediction"] = "flow_prediction"
+    timestep_density: Literal["logit_normal", "mode", "uniform"] = "logit_normal"
     logit_mean: Finite = 0.0
     logit_std: Positive = 1.0
+    mode_scale: Annotated[float, Within("[-1, 1.75]")] = 1.29
+    shift_resolution: Count | None = None
+    loss_weighting: Literal["none", "min_snr", "p2", "sigma_sqrt", "cosmap"] = "none"
+    min_snr_gamma: Positive = 5.0
     min_sigma: Annotated[float, Within("(0, 1]")] = 0.05
     condition_dropout: ShareBelowOne = 0.1
     recolour_sigma: Share = 0.4

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config import ObjectiveConfig
-from train.objective import Objective, sampling_scheduler
+from train.objective import PREDICTIONS, Objective, sampling_scheduler
 
 
 def draw(prediction_type: str, process: str):
@@ -80,6 +80,66 @@ def test_the_sampler_returns_the_picture_of_a_perfect_network(process, predictio
             prediction = noise if prediction_type == "epsilon" else a * noise - s * clean
         state = scheduler.step(prediction, timestep, state).prev_sample
     torch.testing.assert_close(state, clean, rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("weighting", ["min_snr", "p2"])
+@pytest.mark.parametrize("process", ["diffusion", "flow"])
+def test_a_weighting_means_the_same_whatever_the_network_predicts(weighting, process):
+    """One wrong picture costs the same as the noise or velocity that it implies; and it costs what the papers say."""
+    clean, wrong = torch.randn(2, 64, 3, 4, 4)
+    costs = {}
+    for kind in PREDICTIONS[process]:
+        config = ObjectiveConfig(process=process, prediction_type=kind, loss_weighting=weighting, min_sigma=1e-4)
+        noised = Objective(config)(clean, torch.Generator().manual_seed(1))
+        if process == "flow":
+            s = (noised.timestep / 1000)[:, None, None, None]
+            a = 1 - s
+        else:
+            alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)[noised.timestep][:, None, None, None]
+            a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        noise = (noised.inputs - a * wrong) / s
+        said = {
+            "sample": wrong,
+            "epsilon": noise,
+            "v_prediction": a * noise - s * wrong,
+            "flow_prediction": noise - wrong,
+        }
+        costs[kind] = noised.losses(said[kind])
+        snr = ((a / s) ** 2).flatten()
+        error = (wrong - clean).square().mean(dim=(1, 2, 3))
+        paper = {"min_snr": snr.clamp(max=5), "p2": 1 / (1 + snr) * snr}[weighting]
+        torch.testing.assert_close(costs[kind], paper * error, rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["sigma_sqrt", "cosmap"])
+def test_the_weightings_of_flow_are_those_of_stable_diffusion_3(weighting):
+    clean = torch.randn(64, 3, 4, 4)
+    noised = Objective(ObjectiveConfig(loss_weighting=weighting))(clean, torch.Generator().manual_seed(1))
+    s = (noised.timestep / 1000).clamp(min=0.05)
+    expected = {"sigma_sqrt": s**-2, "cosmap": 2 / (torch.pi * (1 - 2 * s + 2 * s**2))}[weighting]
+    torch.testing.assert_close(noised.weight, expected)
+    with pytest.raises(ValueError, match=f"loss_weighting='{weighting}' needs process='flow'"):
+        Objective(ObjectiveConfig(process="diffusion", prediction_type="epsilon", loss_weighting=weighting))
+
+
+@pytest.mark.parametrize("density", ["logit_normal", "mode", "uniform"])
+def test_timesteps_follow_the_density_and_larger_pictures_get_more_noise(density):
+    def drawn(**settings) -> torch.Tensor:
+        config = ObjectiveConfig(timestep_density=density, **settings)
+        return Objective(config)(torch.zeros(2000, 1, 8, 8), torch.Generator().manual_seed(1)).timestep / 1000
+
+    plain = drawn()
+    assert plain.min() > 0 and plain.max() < 1
+    u = torch.linspace(0, 1, 9999)
+    quantiles = {
+        "logit_normal": torch.special.ndtri(u).sigmoid(),
+        "uniform": u,
+        "mode": 1 - u - 1.29 * (torch.cos(torch.pi * u / 2) ** 2 - 1 + u),
+    }[density]
+    for share in (0.25, 0.5, 0.75):
+        assert abs(plain.quantile(share) - quantiles.quantile(share)) < 0.03
+    torch.testing.assert_close(drawn(shift_resolution=8), plain)
+    torch.testing.assert_close(drawn(shift_resolution=4), 2 * plain / (1 + plain))
 
 
 @pytest.mark.parametrize("prediction_type", ["flow_prediction", "sample"])

@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.training_utils import compute_density_for_timestep_sampling
+from diffusers.training_utils import (
+    compute_density_for_timestep_sampling,
+    compute_loss_weighting_for_sd3,
+    compute_snr,
+)
 
 from config import ObjectiveConfig
 
 TRAIN_TIMESTEPS = 1000
+FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
 PREDICTIONS = {"flow": ("flow_prediction", "sample"), "diffusion": ("epsilon", "v_prediction", "sample")}
 
 
@@ -30,7 +35,7 @@ class Objective:
     """Draws timesteps and noise and says what the network should predict.
 
     Raises:
-        ValueError: where the prediction type does not belong to the process.
+        ValueError: where the prediction type or the weighting does not belong to the process.
     """
 
     def __init__(self, config: ObjectiveConfig):
@@ -39,6 +44,11 @@ class Objective:
             raise ValueError(
                 f"objective.prediction_type={config.prediction_type!r} does not go with process={config.process!r}; "
                 f"choose among {list(allowed)}."
+            )
+        if config.loss_weighting in FLOW_WEIGHTINGS and config.process != "flow":
+            raise ValueError(
+                f"objective.loss_weighting={config.loss_weighting!r} needs process='flow'; with 'diffusion' choose "
+                "among ['none', 'min_snr', 'p2']."
             )
         self.config = config
         self.diffusion = DDPMScheduler(num_train_timesteps=TRAIN_TIMESTEPS, beta_schedule="linear")
@@ -59,22 +69,47 @@ class Objective:
     def _flow(
         self, clean: torch.Tensor, source: torch.Tensor, noise: torch.Tensor, generator: torch.Generator
     ) -> Noised:
-        sigma = compute_density_for_timestep_sampling(
-            "logit_normal",
-            len(clean),
-            logit_mean=self.config.logit_mean,
-            logit_std=self.config.logit_std,
-            generator=generator,
-        ).to(clean)
+        sigma = self._draw_sigma(clean, generator)
         mix = sigma[:, None, None, None]
         start = torch.where(mix < self.config.recolour_sigma, clean, source)
         inputs = (1 - mix) * start + mix * noise
+        weight = self._velocity_weight(sigma)
         if self.config.prediction_type == "sample":
             # the squared error of the velocity (x_t - x_0) / s that the predicted picture implies
-            weight = sigma.clamp(min=self.config.min_sigma) ** -2
+            weight = weight * sigma.clamp(min=self.config.min_sigma) ** -2
             return Noised(inputs, sigma * TRAIN_TIMESTEPS, clean, weight)
         velocity = noise - clean + (1 - mix) / mix * (start - clean)  # (x_t - x_0) / s, without cancellation
-        return Noised(inputs, sigma * TRAIN_TIMESTEPS, velocity, torch.ones_like(sigma))
+        return Noised(inputs, sigma * TRAIN_TIMESTEPS, velocity, weight)
+
+    def _draw_sigma(self, clean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """The share of noise s in (0, 1) of each picture, [B]."""
+        config = self.config
+        sigma = compute_density_for_timestep_sampling(
+            config.timestep_density,
+            len(clean),
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+            mode_scale=config.mode_scale,
+            generator=generator,
+        ).clamp(min=1e-4)  # a uniform s may be zero, and the velocity is divided by it
+        if config.shift_resolution is not None:
+            shift = (clean.shape[-2] * clean.shape[-1]) ** 0.5 / config.shift_resolution
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
+        return sigma.to(clean)
+
+    def _velocity_weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """What the squared error of the velocity is weighed by, [B]; that of the clean picture is s² times it."""
+        weighting, floored = self.config.loss_weighting, sigma.clamp(min=self.config.min_sigma)
+        if weighting in ("min_snr", "p2"):
+            return sigma**2 * self._picture_weight(((1 - sigma) / floored) ** 2)
+        return compute_loss_weighting_for_sd3(weighting, floored)
+
+    def _picture_weight(self, snr: torch.Tensor) -> torch.Tensor:
+        """What the squared error of the clean picture is weighed by at a ratio of signal to noise, [B]."""
+        if self.config.loss_weighting == "min_snr":
+            return snr.clamp(max=self.config.min_snr_gamma)
+        # p2 weighs the error of the noise, which is snr times that of the picture, by 1 / (1 + snr)
+        return snr / (1 + snr)
 
     def _diffusion(self, clean: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> Noised:
         timestep = torch.randint(TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(clean.device)
@@ -84,7 +119,16 @@ class Objective:
             "v_prediction": lambda: self.diffusion.get_velocity(clean, noise, timestep),  # pyright: ignore[reportArgumentType]
             "sample": lambda: clean,
         }[self.config.prediction_type]()
-        return Noised(inputs, timestep, target, torch.ones(len(clean), device=clean.device))
+        return Noised(inputs, timestep, target, self._diffusion_weight(timestep))
+
+    def _diffusion_weight(self, timestep: torch.Tensor) -> torch.Tensor:
+        """What the network's own squared error is weighed by, [B]."""
+        if self.config.loss_weighting == "none":
+            return torch.ones(len(timestep), device=timestep.device)
+        snr = compute_snr(self.diffusion, timestep)
+        # the squared error of the clean picture over the network's
+        ratio = {"epsilon": 1 / snr, "v_prediction": 1 / (1 + snr), "sample": 1.0}[self.config.prediction_type]
+        return self._picture_weight(snr) * ratio
 
 
 def sampling_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
