@@ -269,6 +269,25 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters beside the layers of a frozen pipeline (`pretrained`), by peft.
+
+    Args:
+        rank: of the adapters (LoRA, arXiv 2106.09685); 0 for none, which trains the weights themselves.
+        alpha: what they say is weighed by alpha / rank; None for the rank.
+        dropout: on their input.
+        target_modules: the ends of the layers' names: attention's projections, and such as "linear_1".
+        use_dora: train the lengths of the columns too (DoRA, arXiv 2402.09353).
+    """
+
+    rank: CountOrZero = 0
+    alpha: Positive | None = None
+    dropout: ShareBelowOne = 0.0
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    use_dora: bool = False
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How pictures are sampled; None leaves it to the model's folder.
 
@@ -310,6 +329,7 @@ class TrainConfig:
             its own, whatever is set here.
         vae: folder or Hub id of a trained AutoencoderKL, for a model that works on its latents; None for pixels.
         model, text_encoder, data, objective, optimizer: see their classes; text_encoder is for models with captions.
+        lora: adapters to train in the place of the weights; they are saved to `output_dir/lora`, and no pipeline.
         sample: the pictures drawn every `sample_every` steps; its size, steps, guidance and strength become the
             pipeline's defaults.
         batch_size: pictures per process and micro-step.
@@ -336,6 +356,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     sample: SampleConfig = SampleConfig()
     batch_size: Count = 64
     gradient_accumulation_steps: Count = 1

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from config import (
     DataConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
 )
@@ -205,3 +206,48 @@ def test_two_processes_train_together(tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     assert (tmp_path / "pipeline" / "model_index.json").is_file()
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_are_trained_alone_and_load_into_the_pipeline_they_were_trained_on(tmp_path, use_dora):
+    base = tmp_path / "base" / "pipeline"
+    Trainer(tiny_config(tmp_path / "base", sample_every=100)).train()
+    lora = LoraConfig(rank=2, alpha=4.0, use_dora=use_dora)
+    config = tiny_config(tmp_path / "run", pretrained=str(base), lora=lora, max_steps=4, checkpoint_every=2)
+    trainer = Trainer(config)
+    trained = [name for name, parameter in trainer.denoiser.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    before = trainer.denoiser.transformer.proj_out.weight.clone()
+    trainer.train()
+    assert torch.equal(trainer.denoiser.transformer.proj_out.weight, before)
+    assert not (tmp_path / "run" / "pipeline").exists()
+
+    def draw(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline("a red seven", generator=torch.Generator().manual_seed(0), output_type="pt").images
+
+    pipeline = LocalDiTPipeline.from_pretrained(base)
+    plain = draw(pipeline)
+    pipeline.load_lora_weights(tmp_path / "run" / "lora")
+    adapted = draw(pipeline)
+    assert not torch.allclose(adapted, plain, atol=1e-4)
+    with trainer.averaged_weights():
+        mine = draw(trainer.networks.pipeline(replace(config, sample=config.sample)))
+    torch.testing.assert_close(adapted, mine, rtol=0, atol=1e-5)  # alpha and DoRA's lengths came along
+
+    Trainer(replace(config, output_dir=str(tmp_path / "parts"), max_steps=2)).train()
+    resumed = Trainer(replace(config, output_dir=str(tmp_path / "parts"), resume="latest"))
+    resumed.train()
+    for mine, theirs in zip(resumed.parameters, trainer.parameters, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_adapters_that_could_not_be_trained_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="lora.rank needs a model to adapt; name its pipeline by pretrained"):
+        Trainer(tiny_config(tmp_path, lora=LoraConfig(rank=2)))
+    Trainer(tiny_config(tmp_path, max_steps=1)).train()
+    lora = LoraConfig(rank=2, target_modules=("to_nowhere",))
+    with pytest.raises(
+        ValueError, match=r"\['to_nowhere'\] name no layer of the transformer; choose among .*attn.to_q"
+    ):
+        Trainer(tiny_config(tmp_path / "run", pretrained=str(tmp_path / "pipeline"), lora=lora))

@@ -144,7 +144,7 @@ def _decides_shapes(name: str, was: Any, now: Any) -> bool:
         return (was is None) != (now is None)
     if name == "optimizer.ema_decay":
         return (was == 0) != (now == 0)
-    return name.startswith(("model.", "text_encoder.")) or name == "optimizer.name"
+    return name.startswith(("model.", "text_encoder.", "lora.")) or name == "optimizer.name"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,8 @@ from diffusers.utils import make_image_grid
 from torch import nn
 
 from config import TrainConfig
+from train.adapters import FOLDER as LORA_FOLDER
+from train.adapters import add_lora, check_lora, save_lora
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import build_networks, check_networks, check_samples, model_settings
 from train.data import Condition, MicroStepSampler, build_loader
@@ -33,6 +35,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         check_run(config)
+        check_lora(config)
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.accelerator = Accelerator(
@@ -47,6 +50,8 @@ class Trainer:
 
         self.networks = build_networks(config, source.words())
         self.networks.classes = source.classes
+        if config.lora.rank:
+            add_lora(self.networks, config.lora)
         check_networks(self.networks, source)
         check_samples(self.networks.pipeline(config), config.sample)
         self.denoiser = self.networks.denoiser
@@ -227,12 +232,16 @@ class Trainer:
         make_image_grid(images, rows=len(rows), cols=sample.num_images).save(folder / f"{step:08d}.png")
 
     def save_pipeline(self) -> None:
-        """Write the averaged weights as a pipeline to `output_dir/pipeline`."""
+        """Write the averaged weights as a pipeline to `output_dir/pipeline`, or as adapters to `output_dir/lora`."""
         if not self.accelerator.is_main_process:
+            return
+        dtype = getattr(torch, self.config.save_dtype)
+        if self.config.lora.rank:
+            with self.averaged_weights():
+                save_lora(self.denoiser.transformer, self.output_dir / LORA_FOLDER, dtype)
             return
         with self.averaged_weights():
             networks = deepcopy(self.networks)
-        dtype = getattr(torch, self.config.save_dtype)
         networks.denoiser.to(dtype)
         if networks.vae is not None:
             nn.Module.to(networks.vae, dtype)  # diffusers' own warns of modules to keep in fp32, of which it has none
