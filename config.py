@@ -344,6 +344,7 @@ class TrainConfig:
         max_skipped_steps: a step whose loss or gradient is no number leaves the weights as they are; the run ends when
             there were more such steps than this.
         resume: "latest", a checkpoint's folder, or None to start anew.
+        dry_run: print the settings, the plan and what a step takes, and write nothing.
         save_dtype: of the weights in the trained pipeline.
         report_to: accelerate trackers beside the JSON lines, such as "tensorboard".
     """
@@ -371,5 +372,6 @@ class TrainConfig:
     keep_checkpoints: Count = 2
     max_skipped_steps: CountOrZero = 10
     resume: str | None = None
+    dry_run: bool = False
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     report_to: tuple[str, ...] = ("tensorboard",)

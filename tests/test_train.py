@@ -20,6 +20,7 @@ from config import (
 )
 from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
 from tests.training import tiny_config
+from train.dry_run import dry_run
 from train.trainer import Trainer, build_optimizers
 
 
@@ -251,3 +252,27 @@ def test_adapters_that_could_not_be_trained_are_refused(tmp_path):
         ValueError, match=r"\['to_nowhere'\] name no layer of the transformer; choose among .*attn.to_q"
     ):
         Trainer(tiny_config(tmp_path / "run", pretrained=str(tmp_path / "pipeline"), lora=lora))
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, picture_folder, capsys):
+    Image.new("RGB", (200, 60)).save(picture_folder / "cat" / "wide.png")
+    (picture_folder / "cat" / "wide.txt").write_text("a wide cat")
+    data = DataConfig(name="imagefolder", path=str(picture_folder), num_workers=0, bucket_multiple=16)
+    config = tiny_config(tmp_path / "run", data=data, max_steps=7, dry_run=True)
+    before = sorted(tmp_path.rglob("*"))
+    dry_run(config)
+    told = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if line.count(":"))
+    assert sorted(tmp_path.rglob("*")) == before
+    trained = sum(parameter.numel() for parameter in Trainer(config).parameters)
+    assert told["parameters"].split() == [
+        f"{trained / 1e6:.2f}M,",
+        "of",
+        "which",
+        f"{trained / 1e6:.2f}M",
+        "are",
+        "trained",
+    ]
+    assert told["steps"].strip() == "7 of 4 pictures, 28 in all"
+    assert told["epochs"].strip() == "4.0 of 7 pictures"
+    assert "wide" not in told and len(told["pictures by size"].split(",")) >= 2
+    assert "GiB of the process" in told["peak memory"] and told["max_steps"].strip() == "7"

@@ -20,7 +20,16 @@ logger = logging.getLogger(__name__)
 SETTINGS_FILE = "config.yaml"
 
 # what a resumed run may change without becoming another: where and how often something is written
-FREE = ("output_dir", "resume", "report_to", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+FREE = (
+    "output_dir",
+    "resume",
+    "dry_run",
+    "report_to",
+    "log_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
@@ -114,7 +123,7 @@ def as_plain(config: Any) -> dict[str, Any]:
 
 def save_settings(config: TrainConfig, folder: Path) -> None:
     """Write every setting of a run, defaults included, as a recipe that starts it anew."""
-    settings = {name: value for name, value in as_plain(config).items() if name != "resume"}
+    settings = {name: value for name, value in as_plain(config).items() if name not in ("resume", "dry_run")}
     (folder / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
 
 

@@ -45,7 +45,7 @@ class Trainer:
             project_dir=str(self.output_dir),
         )
         resume = self._find_start()
-        source = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
+        self.source = source = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
         set_seed(config.seed)
 
         self.networks = build_networks(config, source.words())

@@ -1,0 +1,89 @@
+"""What a run would be: its sizes, its memory, its buckets and its time, from a few steps that are tried and thrown away."""
+
+import resource
+import time
+
+import torch
+import yaml
+
+from config import TrainConfig
+from train.data import Source
+from train.pictures import PictureSource
+from train.settings import as_plain
+from train.trainer import Trainer
+
+GIB = 2**30
+TRIED = 4  # steps
+
+
+def dry_run(config: TrainConfig) -> None:
+    """Print the settings and the plan of a run, and what its largest step takes; nothing is written."""
+    trainer = Trainer(config)
+    print(yaml.safe_dump(as_plain(config), sort_keys=False, allow_unicode=True))
+    for title, value in {**sizes(trainer), **plan(trainer), **trial(trainer)}.items():
+        print(f"{title + ':':<22}{value}")
+
+
+def sizes(trainer: Trainer) -> dict[str, str]:
+    """Parameters, and what the weights, gradients, optimizer and average of them take for as long as the run lasts."""
+    trained = sum(parameter.numel() for parameter in trainer.parameters)
+    modules = [trainer.denoiser, trainer.networks.vae]
+    total = sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
+    by_muon = sum(
+        parameter.numel()
+        for optimizer in trainer.optimizers
+        if isinstance(optimizer.optimizer, torch.optim.Muon)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    numbers = total + trained + 2 * trained - by_muon + (trained if trainer.ema is not None else 0)
+    return {
+        "parameters": f"{total / 1e6:.2f}M, of which {trained / 1e6:.2f}M are trained",
+        "memory for them": f"{4 * numbers / GIB:.2f} GiB (weights, gradients, optimizer, average)",
+    }
+
+
+def plan(trainer: Trainer) -> dict[str, str]:
+    """Steps, epochs and sizes of the pictures."""
+    config, source = trainer.config, trainer.source
+    taken = config.batch_size * config.gradient_accumulation_steps * trainer.accelerator.num_processes
+    lines = {"steps": f"{config.max_steps} of {taken} pictures, {config.max_steps * taken} in all"}
+    if isinstance(source, PictureSource):
+        lines["epochs"] = f"{config.max_steps * taken / len(source.records):.1f} of {len(source.records)} pictures"
+        buckets = [
+            f"{source.sizes[bucket][0]} x {source.sizes[bucket][1]}: {len(rows)}"
+            for bucket, rows in source.members.items()
+        ]
+        lines["pictures by size"] = ", ".join(buckets)
+    return lines
+
+
+def trial(trainer: Trainer) -> dict[str, str]:
+    """Time and memory of a step on the largest size: the last of `TRIED`, as the first ones warm up and compile."""
+    keys = largest(trainer.source, trainer.config.batch_size)
+    batch = torch.utils.data.default_collate([trainer.source[key] for key in keys])
+    batches = iter([batch] * TRIED * trainer.config.gradient_accumulation_steps)
+    seconds = 0.0
+    for step in range(TRIED):
+        start = time.perf_counter()
+        record = trainer.train_step(step, batches)
+        float(record.grad_norm)  # waits for the device
+        seconds = time.perf_counter() - start
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hours = seconds * trainer.config.max_steps / 3600
+    return {
+        "largest pictures": f"{batch['image'].shape[-2]} x {batch['image'].shape[-1]}",
+        "peak memory": f"{peak / GIB:.2f} GiB {'on the GPU' if on_gpu else 'of the process'}",
+        "a step": f"{seconds:.2f} s, if the data keep up",
+        "all steps": f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min",
+    }
+
+
+def largest(source: Source, batch_size: int) -> list:
+    """The keys of a batch of the largest pictures."""
+    if not isinstance(source, PictureSource):
+        return source.keys(0, batch_size, rank=0, world_size=1)
+    bucket = max(source.members, key=lambda bucket: source.sizes[bucket][0] * source.sizes[bucket][1])
+    rows = source.members[bucket]
+    return [(int(rows[index % len(rows)]), bucket) for index in range(batch_size)]
