@@ -101,6 +101,8 @@ class DataConfig:
         resolution: side of the square picture in pixels; others are resized and cut at the centre.
         bucket_multiple: keep the aspect ratios of pictures from folders, data sets and shards: each is cut to the
             nearest of some sizes of about resolution² pixels, whose sides are multiples of this; None for squares.
+        scan: report of python -m train.scan, whose unreadable pictures, and all but the first of those that look alike,
+            are left out.
         max_unreadable: pictures that cannot be read are passed over, and named in unreadable.jsonl; the run ends when
             there are more than this.
         num_workers: processes that load ahead; 0 loads in the training process.
@@ -129,10 +131,26 @@ class DataConfig:
     cache_dir: str | None = None
     resolution: Count = 64
     bucket_multiple: Count | None = None
+    scan: str | None = None
     max_unreadable: CountOrZero = 100
     num_workers: CountOrZero = 1
     one_digit: Share = 0.3
     recoloured: Share = 0.0
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """A look through pictures of a folder, a data set or shards before they are trained on.
+
+    Args:
+        data: where they are; its resolution and bucket_multiple make the plan of buckets, its num_workers read.
+        output: file of the report.
+        max_distance: bits of the 64 of a perceptual hash in which two pictures that look alike may differ.
+    """
+
+    data: DataConfig
+    output: str
+    max_distance: Annotated[int, Within("[0, 31]")] = 4
 
 
 @dataclass(frozen=True)

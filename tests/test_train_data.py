@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.sparse.csgraph import connected_components
 
 from config import (
     DataConfig,
 )
 from tests.training import tiny_config
+from train import scan
 from train.data import Condition, MicroStepSampler, Source
 from train.datasets import DigitScenes, build_dataset
 from train.pictures import PictureSource
@@ -274,3 +276,51 @@ def test_a_data_set_of_hugging_face_is_read_by_its_columns(tmp_path, saved, pict
     else:
         with pytest.raises(ValueError, match="has no column 'text' among .*data.caption_column"):
             build_dataset(config, 0, "caption")
+
+
+def test_a_scan_tells_of_unreadable_and_alike_pictures_and_training_leaves_them_out(tmp_path, capsys, monkeypatch):
+    def call(*arguments: str) -> None:
+        monkeypatch.setattr("sys.argv", ["train.scan", *arguments])
+        scan.main()
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    noise = [Image.effect_noise((96, 64), 90).convert("RGB") for _ in range(4)]
+    for index, picture in enumerate(noise):
+        picture.save(folder / f"{index}.png")
+    noise[1].resize((48, 32)).save(folder / "1_small.jpg", quality=80)
+    noise[1].save(folder / "1_again.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    report_file = tmp_path / "scan.json"
+    where = ["--data.name", "imagefolder", "--data.path", str(folder), "--data.num_workers", "0"]
+    call(*where, "--data.bucket_multiple", "16", "--output", str(report_file))
+    told = capsys.readouterr().out
+    assert "7 pictures, 1 unreadable, 2 like another one." in told
+    report = json.loads(report_file.read_text())
+    assert [Path(entry["name"]).name for entry in report["unreadable"]] == ["broken.png"]
+    assert [[Path(name).name for name in group] for group in report["alike"]] == [
+        ["1.png", "1_again.png", "1_small.jpg"]
+    ]
+    assert report["buckets"] == {"48 x 80": 6}
+    data = folder_source(folder, None, scan=str(report_file))
+    epoch = items(data, range(4))
+    assert sorted(Path(item["name"]).name for item in epoch) == ["0.png", "1.png", "2.png", "3.png"]
+    with pytest.raises(ValueError, match="nowhere.json' is no report of train.scan"):
+        folder_source(folder, None, scan="nowhere.json")
+    with pytest.raises(ValueError, match="exists; choose another name"):
+        call(*where, "--output", str(report_file))
+
+
+@pytest.mark.parametrize("max_distance", [0, 3, 10])
+def test_alike_hashes_are_found_as_by_comparing_all_pairs(max_distance):
+    rng = np.random.default_rng(0)
+    hashes = [int(value) for value in rng.integers(0, 2**63, 60)]
+    for index in range(40):  # neighbours at one to eight bits
+        bits = rng.choice(63, 1 + index % 8, replace=False)
+        hashes.append(hashes[index] ^ sum(1 << int(bit) for bit in bits))
+    close = np.array([[(a ^ b).bit_count() <= max_distance for a in hashes] for b in hashes])
+    _, component = connected_components(close)
+    groups = [np.flatnonzero(component == label).tolist() for label in np.unique(component)]
+    expected = sorted(group for group in groups if len(group) > 1)
+    assert sorted(scan.alike(hashes, max_distance)) == expected
+    assert max_distance == 0 or expected

@@ -22,6 +22,7 @@ COLUMNS = {
     "held_out": ("held out, all, %", "{:.1f}", 100),
     "parameters": ("parameters, M", "{:.2f}", 1e-6),
     "steps": ("steps", "{:.0f}", 1),
+    "training_seconds": ("training, s", "{:.0f}", 1),
     "sampling_seconds": ("sampling, s", "{:.1f}", 1),
     "peak_megabytes": ("peak memory, MB", "{:.0f}", 1),
 }

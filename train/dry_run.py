@@ -1,4 +1,4 @@
-"""What a run would be: its sizes, its memory, its buckets and its time, from a few steps that are tried and thrown away."""
+"""What a run would be: its sizes, its memory, its buckets, and its time by a few steps that are thrown away."""
 
 import resource
 import time

@@ -1,7 +1,9 @@
 """Pictures that lie somewhere: which of them a step sees, at which size, and what if one cannot be read."""
 
+import json
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -52,11 +54,12 @@ class PictureSource(Source):
         self.records = records
         self.condition = condition
         self.classes = records.classes if condition == "label" else None
-        buckets = np.zeros(len(records), dtype=np.int64)
-        if config.bucket_multiple is not None:
-            self.sizes = generate_aspect_ratio_buckets(config.resolution, config.bucket_multiple)
-            buckets = nearest_buckets([upright_size(records, row) for row in range(len(records))], self.sizes)
-        self.members = {bucket: np.flatnonzero(buckets == bucket) for bucket in np.unique(buckets).tolist()}
+        self.sizes = bucket_sizes(config)
+        rows = np.array(wanted_rows(records, config.scan))
+        buckets = np.zeros(len(rows), dtype=np.int64)
+        if len(self.sizes) > 1:
+            buckets = nearest_buckets([upright_size(records, row) for row in rows.tolist()], self.sizes)
+        self.members = {bucket: rows[buckets == bucket] for bucket in np.unique(buckets).tolist()}
 
     def words(self) -> list[str]:
         if self.condition != "caption":
@@ -102,6 +105,33 @@ class PictureSource(Source):
             except UNREADABLE as error:
                 unreadable.append(f"{self.records.name(row)}: {' '.join(str(error).split())}")
         raise ValueError(f"No picture can be read; the first is {unreadable[0]}.")
+
+
+def bucket_sizes(config: DataConfig) -> list[tuple[int, int]]:
+    """The heights and widths that pictures are cut to."""
+    if config.bucket_multiple is None:
+        return [(config.resolution, config.resolution)]
+    return generate_aspect_ratio_buckets(config.resolution, config.bucket_multiple)
+
+
+def wanted_rows(records: Records, scan: str | None) -> list[int]:
+    """The rows that the report of `train.scan` leaves; all of them without one.
+
+    Raises:
+        ValueError: where there is no such report, or it leaves none.
+    """
+    if scan is None:
+        return list(range(len(records)))
+    try:
+        report = json.loads(Path(scan).read_text(encoding="utf-8"))
+        left_out = {entry["name"] for entry in report["unreadable"]}
+        left_out |= {name for group in report["alike"] for name in group[1:]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"data.scan={scan!r} is no report of train.scan ({error}); write one anew.") from error
+    rows = [row for row in range(len(records)) if records.name(row) not in left_out]
+    if not rows:
+        raise ValueError(f"data.scan={scan!r} leaves none of {len(records)} pictures; look into it.")
+    return rows
 
 
 def nearest_buckets(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]]) -> np.ndarray:
