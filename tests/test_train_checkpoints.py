@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from config import DataConfig, OptimizerConfig, TrainConfig
 from tests.training import tiny_config
 from train.checkpoint import find_checkpoint, list_checkpoints
+from train.run_plot import plot, read_log
 from train.settings import as_plain
 from train.stopping import STOPPED
 from train.trainer import Trainer
@@ -207,6 +209,19 @@ def test_the_log_tells_losses_by_timestep_and_where_the_time_went(tmp_path):
     assert line["grad_norm"] > 0
     assert line["shares_of_time"].keys() == {"data", "text", "model"}
     assert 0.3 < sum(line["shares_of_time"].values()) <= 1
+
+
+def test_the_log_is_drawn_with_steps_done_again_once_and_steps_without_a_loss_left_out(tmp_path):
+    Trainer(tiny_config(tmp_path, sample_every=100)).train()
+    assert Image.open(tmp_path / "log.png").size == (1000, 600)
+    before = (tmp_path / "log.png").read_bytes()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    empty = {**json.loads(lines[-1]), "step": 8, "loss": None, "grad_norm": None, "loss_by_timestep": [None] * 10}
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines, lines[0], json.dumps(empty)]) + "\n")
+    assert [line["step"] for line in read_log(tmp_path)] == [2, 3, 4, 6, 8]
+    assert plot(tmp_path).read_bytes() != before
+    with pytest.raises(ValueError, match="has no log.jsonl; give the output_dir of a run"):
+        plot(tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

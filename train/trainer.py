@@ -24,6 +24,7 @@ from train.datasets import build_dataset
 from train.encoding import BatchEncoder
 from train.optimizers import build_optimizers, build_schedules, own_settings, restore_settings, step_if_finite
 from train.run_log import RunLog, StepRecord
+from train.run_plot import plot
 from train.settings import as_plain, check_run, save_settings
 from train.stopping import Stopped, StopSignals
 from train.stopwatch import Stopwatch
@@ -153,6 +154,8 @@ class Trainer:
     def _save_checkpoint(self, step: int) -> None:
         state = {"step": step, "config": as_plain(self.config), "skipped_steps": self.log.skipped}
         save_checkpoint(self.accelerator, self.output_dir / "checkpoints", self.config.keep_checkpoints, state)
+        if self.accelerator.is_main_process:
+            plot(self.output_dir)
 
     def train_step(self, step: int, batches: Iterator[dict]) -> StepRecord:
         """Take the micro-steps of one step, and update the weights unless their gradient is no number."""
