@@ -105,6 +105,8 @@ class DataConfig:
             are left out.
         max_unreadable: pictures that cannot be read are passed over, and named in unreadable.jsonl; the run ends when
             there are more than this.
+        held_out: share of the pictures of folders, data sets and shards that are not trained on but validated with; the
+            other sets have pictures of their own for that.
         num_workers: processes that load ahead; 0 loads in the training process.
         one_digit: share of digit scenes with one digit, in [0, 1]; the others have two.
         recoloured: share of digit scenes, in [0, 1], that are noised from the same scene in other colours where at
@@ -133,6 +135,7 @@ class DataConfig:
     bucket_multiple: Count | None = None
     scan: str | None = None
     max_unreadable: CountOrZero = 100
+    held_out: ShareBelowOne = 0.0
     num_workers: CountOrZero = 1
     one_digit: Share = 0.3
     recoloured: Share = 0.0
@@ -358,7 +361,10 @@ class TrainConfig:
         compile: torch.compile the transformer's blocks.
         seed: of everything that is random.
         log_every, sample_every, checkpoint_every: in steps.
-        keep_checkpoints: how many of the last checkpoints to keep.
+        validate_every: steps between measurements of the loss on held-out pictures, with the averaged weights; 0 for
+            none.
+        validation_batches: batches of each process for that, always the same.
+        keep_checkpoints: how many of the last checkpoints to keep, beside the one of the least validation loss.
         max_skipped_steps: a step whose loss or gradient is no number leaves the weights as they are; the run ends when
             there were more such steps than this.
         resume: "latest", a checkpoint's folder, or None to start anew.
@@ -387,6 +393,8 @@ class TrainConfig:
     log_every: Count = 50
     sample_every: Count = 1000
     checkpoint_every: Count = 1000
+    validate_every: CountOrZero = 0
+    validation_batches: Count = 4
     keep_checkpoints: Count = 2
     max_skipped_steps: CountOrZero = 10
     resume: str | None = None

@@ -21,7 +21,7 @@ from tests.training import tiny_config
 from train.checkpoint import find_checkpoint, list_checkpoints
 from train.run_plot import plot, read_log
 from train.settings import as_plain
-from train.stopping import STOPPED
+from train.stopping import STOPPED, StopSignals
 from train.trainer import Trainer
 
 WEIGHTS = Path("pipeline") / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -129,7 +129,7 @@ def test_a_full_disk_ends_a_run_with_the_last_checkpoint_whole(tmp_path):
     save = trainer._save_checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_on_a_full_disk(step):
+    def save_on_a_full_disk(step, _validation_loss):
         if step == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes that a file may have
         save(step)
@@ -155,6 +155,39 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     for step, loss in enumerate([0.5, 0.2, 0.4, 0.3, 0.3], start=1):
         save_checkpoint(Accelerator(), tmp_path, 2, {"step": step, "validation_loss": loss})
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]
+
+
+def test_held_out_pictures_are_validated_with_and_the_best_checkpoint_stays(tmp_path):
+    config = tiny_config(
+        tmp_path, max_steps=6, checkpoint_every=2, validate_every=2, validation_batches=2, keep_checkpoints=1
+    )
+    trainer = Trainer(config)
+    measured = []
+    validate = trainer.validation
+
+    def worse_and_worse(model, stop):
+        values = validate(model, stop)
+        measured.append(values["validation_loss"])
+        return {**values, "validation_loss": float(len(measured))}
+
+    trainer.validation = worse_and_worse
+    trainer.train()
+    assert len(set(measured)) == 3
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "checkpoints")] == ["2", "6"]
+    lines = {line["step"]: line for line in read_log(tmp_path)}
+    assert lines[4]["validation_loss"] == 2 and lines[4]["loss"] > 0 and len(lines[4]["loss_by_timestep"]) == 10
+    # the same weights give the same loss, whenever they are asked
+    with StopSignals() as stop, trainer.averaged_weights():
+        again = validate(trainer.model, stop)
+    assert again["validation_loss"] == pytest.approx(measured[-1])
+    assert trainer.model.training and len(again["validation_loss_by_timestep"]) == 10
+
+
+def test_a_signal_ends_a_validation_without_a_result(tmp_path):
+    trainer = Trainer(tiny_config(tmp_path, validate_every=1))
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert trainer.validation(trainer.model, stop) == {}
 
 
 def poison(trainer: Trainer, steps: set[int]) -> None:

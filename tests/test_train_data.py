@@ -324,3 +324,23 @@ def test_alike_hashes_are_found_as_by_comparing_all_pairs(max_distance):
     expected = sorted(group for group in groups if len(group) > 1)
     assert sorted(scan.alike(hashes, max_distance)) == expected
     assert max_distance == 0 or expected
+
+
+def test_held_out_pictures_are_never_trained_on(tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for index in range(40):
+        Image.new("RGB", (32, 32), (6 * index, 0, 0)).save(folder / f"{index}.png")
+    config = DataConfig(name="imagefolder", path=str(folder), resolution=32, held_out=0.3)
+    parts = [build_dataset(config, 0, None, split) for split in ("train", "test")]
+    seen = [{item["name"] for item in items(part, range(40))} for part in parts]
+    assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 40 and 4 <= len(seen[1]) <= 20
+    with pytest.raises(ValueError, match=r"data.held_out=0.0 leaves none of 40 pictures to validate with"):
+        build_dataset(replace(config, held_out=0.0), 0, None, "test")
+
+
+@pytest.mark.parametrize(("name", "condition"), [("digit_scenes", "caption"), ("sklearn_digits", "label")])
+def test_sets_of_their_own_have_other_pictures_to_validate_with(name, condition):
+    config = DataConfig(name=name, resolution=64)
+    first, second = (build_dataset(config, 0, condition, split)[3]["image"] for split in ("train", "test"))
+    assert not torch.equal(first, second)

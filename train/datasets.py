@@ -7,11 +7,12 @@ from PIL import Image
 
 from config import DataConfig
 from localdit.data import digit_scenes
-from localdit.data.labelled_images import SETS, load_labelled_images
+from localdit.data.labelled_images import SETS, Split, load_labelled_images
 from train.data import Condition, Source
 from train.pictures import PictureSource, epoch_order, to_tensor
 from train.records import RECORDS, load_records
 
+BEYOND_SEEDS = 2**32  # no run has such a seed
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
 
 
@@ -46,9 +47,9 @@ class LabelledSet(Source):
 
     channels = 1
 
-    def __init__(self, config: DataConfig, seed: int, condition: Condition | None):
+    def __init__(self, config: DataConfig, seed: int, condition: Condition | None, split: Split = "train"):
         super().__init__(config.resolution, seed)
-        images, self.labels, classes = load_labelled_images(config.name, "train", config.path)
+        images, self.labels, classes = load_labelled_images(config.name, split, config.path)
         self.images = resized(images, config.resolution)[..., None]
         self.classes = list(classes) if condition == "label" else None
 
@@ -96,14 +97,14 @@ def resized(images: np.ndarray, side: int) -> np.ndarray:
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def build_dataset(config: DataConfig, seed: int, condition: Condition | None) -> Source:
-    """The source that the config names, with what the model is conditioned on.
+def build_dataset(config: DataConfig, seed: int, condition: Condition | None, split: Split = "train") -> Source:
+    """The source that the config names, with what the model is conditioned on; for "test" other pictures of its kind.
 
     Raises:
         ValueError: where the data have no such condition, or cannot be loaded.
     """
     if config.name in RECORDS:
-        return PictureSource(load_records(config, condition), config, seed, condition)
+        return PictureSource(load_records(config, condition), config, seed, condition, split)
     kinds = {"digit_scenes": "caption", "photo_patches": None}
     has = kinds.get(config.name, "label")
     if condition is not None and condition != has:
@@ -114,5 +115,6 @@ def build_dataset(config: DataConfig, seed: int, condition: Condition | None) ->
         }
         raise ValueError(f"{config.name} has {has or 'nothing'} to be conditioned on, not {condition}s; {remedy[has]}.")
     if config.name in SETS:
-        return LabelledSet(config, seed, condition)
-    return DigitScenes(config, seed) if config.name == "digit_scenes" else PhotoPatches(config, seed)
+        return LabelledSet(config, seed, condition, split)
+    endless = DigitScenes if config.name == "digit_scenes" else PhotoPatches
+    return endless(config, seed if split == "train" else seed + BEYOND_SEEDS)

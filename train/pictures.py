@@ -1,5 +1,6 @@
 """Pictures that lie somewhere: which of them a step sees, at which size, and what if one cannot be read."""
 
+import hashlib
 import json
 import math
 from functools import lru_cache
@@ -12,6 +13,7 @@ from diffusers.training_utils import generate_aspect_ratio_buckets
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from config import DataConfig
+from localdit.data.labelled_images import Split
 from train.data import Condition, Source
 
 Key = tuple[int, int]  # row and bucket
@@ -49,13 +51,15 @@ class PictureSource(Source):
     next one of its bucket, and told of in "unreadable".
     """
 
-    def __init__(self, records: Records, config: DataConfig, seed: int, condition: Condition | None):
+    def __init__(
+        self, records: Records, config: DataConfig, seed: int, condition: Condition | None, split: Split = "train"
+    ):
         super().__init__(config.resolution, seed)
         self.records = records
         self.condition = condition
         self.classes = records.classes if condition == "label" else None
         self.sizes = bucket_sizes(config)
-        rows = np.array(wanted_rows(records, config.scan))
+        rows = np.array(rows_of(split, records, wanted_rows(records, config.scan), config.held_out))
         buckets = np.zeros(len(rows), dtype=np.int64)
         if len(self.sizes) > 1:
             buckets = nearest_buckets([upright_size(records, row) for row in rows.tolist()], self.sizes)
@@ -132,6 +136,23 @@ def wanted_rows(records: Records, scan: str | None) -> list[int]:
     if not rows:
         raise ValueError(f"data.scan={scan!r} leaves none of {len(records)} pictures; look into it.")
     return rows
+
+
+def rows_of(split: Split, records: Records, rows: list[int], held_out: float) -> list[int]:
+    """The rows to train on, or those that are held out; which they are depends on each picture's name alone.
+
+    Raises:
+        ValueError: where there is none.
+    """
+
+    def is_held_out(row: int) -> bool:
+        return int.from_bytes(hashlib.sha256(records.name(row).encode()).digest()[:6]) < held_out * 2**48
+
+    chosen = [row for row in rows if is_held_out(row) == (split == "test")]
+    if not chosen:
+        kind = "to validate with" if split == "test" else "to train on"
+        raise ValueError(f"data.held_out={held_out} leaves none of {len(rows)} pictures {kind}; choose another share.")
+    return chosen
 
 
 def nearest_buckets(sizes: list[tuple[int, int]], buckets: list[tuple[int, int]]) -> np.ndarray:

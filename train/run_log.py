@@ -102,13 +102,10 @@ class RunLog:
         kept = [record for record, is_finite in zip(records, finite, strict=True) if is_finite]
         if not kept:
             return {"loss": None, "loss_by_timestep": [None] * BUCKETS}
-        losses = torch.cat([losses for record in kept for losses in record.losses])
-        timesteps = torch.cat([timesteps for record in kept for timesteps in record.timesteps])
-        losses, timesteps = self.accelerator.gather(torch.stack([losses, timesteps.to(losses)], dim=1)).T.cpu().numpy()
-        buckets = np.minimum(timesteps / TRAIN_TIMESTEPS * BUCKETS, BUCKETS - 1).astype(int)
-        means = [losses[buckets == bucket] for bucket in range(BUCKETS)]
-        by_timestep = [float(values.mean()) if len(values) else None for values in means]
-        return {"loss": float(losses.mean()), "loss_by_timestep": by_timestep}
+        losses = [losses for record in kept for losses in record.losses]
+        return loss_by_timestep(
+            self.accelerator, losses, [timesteps for record in kept for timesteps in record.timesteps]
+        )
 
     def _shares_of_time(self, seconds: float) -> dict[str, float]:
         """How much of the time went where; the text encoder runs inside the model's forward pass."""
@@ -133,18 +130,37 @@ class RunLog:
             with (self.folder / SKIPPED).open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def _tell(self, step: int, values: dict[str, Any], seconds_per_step: float) -> None:
+    def note(self, step: int, values: dict[str, Any]) -> None:
+        """Write values of a step to the log and the trackers."""
         self.accelerator.log(dict(scalars(values)), step=step)
-        if not self.accelerator.is_main_process:
-            return
+        if self.accelerator.is_main_process:
+            with (self.folder / LOG).open("a") as log:
+                log.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+
+    def _tell(self, step: int, values: dict[str, Any], seconds_per_step: float) -> None:
+        self.note(step, values)
         loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
         slowest = ", ".join(f"{name} {share:.0%}" for name, share in values["shares_of_time"].items())
         left = (self.config.max_steps - step) * seconds_per_step / 60
         self.progress.set_postfix_str(
             f"loss {loss}, {values['images_per_second']:.0f} images/s ({slowest}), {left:.0f} min left"
         )
-        with (self.folder / LOG).open("a") as log:
-            log.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+
+
+def loss_by_timestep(
+    accelerator: Accelerator, losses: list[torch.Tensor], timesteps: list[torch.Tensor]
+) -> dict[str, Any]:
+    """The mean loss over all processes, and that of each tenth of the timesteps, None where there are none.
+
+    Args:
+        losses, timesteps: of pictures, [B] tensors.
+    """
+    pairs = torch.stack([torch.cat(losses), torch.cat(timesteps).to(losses[0])], dim=1)
+    values, places = accelerator.gather(pairs).T.cpu().numpy()
+    buckets = np.minimum(places / TRAIN_TIMESTEPS * BUCKETS, BUCKETS - 1).astype(int)
+    parts = [values[buckets == bucket] for bucket in range(BUCKETS)]
+    by_timestep = [float(part.mean()) if len(part) else None for part in parts]
+    return {"loss": float(values.mean()), "loss_by_timestep": by_timestep}
 
 
 def scalars(values: dict[str, Any], prefix: str = ""):

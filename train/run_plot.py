@@ -14,7 +14,7 @@ PANELS = {"loss": "loss", "grad_norm": "gradient norm", "learning_rate": "learni
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The lines of a run by their steps; of a step that was done again after a kill, the later one.
+    """What a run tells of each step, in order; of a step that was done again after a kill, what it told last.
 
     Raises:
         ValueError: where the folder has no log.
@@ -22,7 +22,9 @@ def read_log(folder: Path) -> list[dict]:
     file = folder / LOG
     if not file.is_file():
         raise ValueError(f"{folder} has no {LOG}; give the output_dir of a run.")
-    lines = {line["step"]: line for line in map(json.loads, file.read_text().splitlines())}
+    lines: dict[int, dict] = {}
+    for line in map(json.loads, file.read_text().splitlines()):
+        lines[line["step"]] = {**lines.get(line["step"], {}), **line}
     return [lines[step] for step in sorted(lines)]
 
 
@@ -39,11 +41,16 @@ def plot(folder: Path) -> Path:
     for panel, (key, title) in zip(axes.flat, PANELS.items(), strict=False):
         values = [np.nan if line.get(key) is None else line[key] for line in lines]
         panel.plot(steps, values, marker="." if len(steps) < 30 else None)
+        validated = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
+        if key == "loss" and validated:
+            panel.plot(list(validated), list(validated.values()), marker=".", label="held-out pictures")
+            panel.legend(fontsize="small")
         panel.set(title=title, xlabel="step", yscale="linear" if key == "learning_rate" else "log")
         panel.grid(alpha=0.3)
     panel = axes.flat[3]
-    third = max(1, len(lines) // 3)
-    for name, part in (("first third", lines[:third]), ("last third", lines[-third:])):
+    told = [line for line in lines if "loss_by_timestep" in line]
+    third = max(1, len(told) // 3)
+    for name, part in (("first third", told[:third]), ("last third", told[-third:])):
         rows = np.array([line["loss_by_timestep"] for line in part], dtype=float)
         seen = ~np.isnan(rows).all(axis=0)
         middles = (np.arange(rows.shape[1]) + 0.5) / rows.shape[1]

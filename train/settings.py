@@ -29,6 +29,8 @@ FREE = (
     "sample_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "validate_every",
+    "validation_batches",
 )
 
 

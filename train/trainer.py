@@ -29,6 +29,7 @@ from train.settings import as_plain, check_run, save_settings
 from train.stopping import Stopped, StopSignals
 from train.stopwatch import Stopwatch
 from train.unreadable import UnreadablePictures
+from train.validation import Validation
 
 
 class Trainer:
@@ -77,6 +78,9 @@ class Trainer:
         if self.denoiser.text_encoder is not None:
             self.watch.attach("text", self.denoiser.text_encoder)
         self.encode = BatchEncoder(config, self.networks, self.accelerator, self.watch)
+        if config.validate_every:
+            held_out = build_dataset(config.data, config.seed, condition_of(model_settings(config)), "test")
+            self.validation = Validation(config, held_out, self.encode, self.accelerator)
         sampler = MicroStepSampler(
             source,
             config.batch_size,
@@ -137,22 +141,38 @@ class Trainer:
                 record = self.train_step(step, batches)
                 self.unreadable.note(record.unreadable)
                 self.log.add(record)
-                done, stops = step + 1, stop.agreed()
+                done, stops, validation_loss = step + 1, stop.agreed(), None
                 saves = stops or done % config.checkpoint_every == 0 or done == config.max_steps
                 if saves or done % config.log_every == 0:  # the log ends a run that learns nothing, unsaved
                     self.log.write(done, self.schedules[0].get_last_lr()[0])
                 if done % config.sample_every == 0 and not stops:
                     self._draw_samples(done, stop)
+                if config.validate_every and done % config.validate_every == 0 and not stops:
+                    validation_loss = self._validate(done, stop)
                 if saves:
-                    self._save_checkpoint(done)
+                    self._save_checkpoint(done, validation_loss)
                 if stops and done < config.max_steps:
                     accelerator.end_training()
                     raise Stopped(f"stopped at step {done} of {config.max_steps}; go on with --resume latest.")
         self.save_pipeline()
         accelerator.end_training()
 
-    def _save_checkpoint(self, step: int) -> None:
-        state = {"step": step, "config": as_plain(self.config), "skipped_steps": self.log.skipped}
+    def _validate(self, step: int, stop: StopSignals) -> float | None:
+        """Log the loss on held-out pictures, and return it, or None where a signal came meanwhile."""
+        # eager, because compiling again without gradients takes longer than a few batches
+        with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
+            values = self.validation(self.model, stop)
+        if values:
+            self.log.note(step, values)
+        return values.get("validation_loss")
+
+    def _save_checkpoint(self, step: int, validation_loss: float | None = None) -> None:
+        state = {
+            "validation_loss": validation_loss,
+            "step": step,
+            "config": as_plain(self.config),
+            "skipped_steps": self.log.skipped,
+        }
         save_checkpoint(self.accelerator, self.output_dir / "checkpoints", self.config.keep_checkpoints, state)
         if self.accelerator.is_main_process:
             plot(self.output_dir)
