@@ -259,8 +259,10 @@ class OptimizerConfig:
     """How the weights are updated.
 
     Args:
-        name: "adamw" for every parameter, or "muon" (Jordan et al. 2024, `torch.optim.Muon`) for the matrices in the
-            blocks and AdamW for the rest.
+        name: "adamw" for every parameter; "muon" (Jordan et al. 2024, `torch.optim.Muon`) for the matrices in the
+            blocks and AdamW for the rest; or an optimizer to import for every parameter, such as
+            "bitsandbytes.optim.AdamW8bit" or "schedulefree.AdamWScheduleFree".
+        arguments: of an imported optimizer, beside its learning rate and weight decay.
         learning_rate: AdamW's peak, after the warm-up.
         muon_learning_rate: Muon's peak.
         slow_learning_rate: AdamW's peak, without weight decay, for what a mixer lists as its `slow_parameters` (the
@@ -274,7 +276,8 @@ class OptimizerConfig:
         ema_decay: decay of the averaged weights, which are the ones that are sampled and saved; 0 for none.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: str = "adamw"
+    arguments: dict[str, Any] | None = None
     learning_rate: Positive = 1e-4
     muon_learning_rate: Positive = 0.02
     slow_learning_rate: Positive = 1e-3

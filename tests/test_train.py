@@ -276,3 +276,36 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path, picture_folder, c
     assert told["epochs"].strip() == "4.0 of 7 pictures"
     assert "wide" not in told and len(told["pictures by size"].split(",")) >= 2
     assert "GiB of the process" in told["peak memory"] and told["max_steps"].strip() == "7"
+
+
+def test_a_schedule_free_optimizer_resumes_to_the_bit_and_saves_its_average(tmp_path):
+    settings = OptimizerConfig(
+        name="schedulefree.AdamWScheduleFree", arguments={"betas": (0.9, 0.99)}, ema_decay=0.0, lr_scheduler="constant"
+    )
+    config = tiny_config(tmp_path / "whole", optimizer=settings, sample_every=2)
+    whole = Trainer(config)
+    whole.train()
+    live = whole.denoiser.transformer.proj_out.weight.clone()
+    saved = load_file(tmp_path / "whole" / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert not torch.equal(saved["proj_out.weight"], live)
+    with whole.averaged_weights():
+        assert torch.equal(saved["proj_out.weight"], whole.denoiser.transformer.proj_out.weight)
+    Trainer(replace(config, output_dir=str(tmp_path / "parts"), max_steps=3)).train()
+    resumed = Trainer(replace(config, output_dir=str(tmp_path / "parts"), resume="latest"))
+    resumed.train()
+    for mine, theirs in zip(resumed.parameters, whole.parameters, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "phrase"),
+    [
+        ({"name": "adam"}, "optimizer.name='adam' .* makes no optimizer"),
+        ({"name": "torch.optim.Nothing"}, "makes no optimizer .*Nothing"),
+        ({"name": "torch.optim.SGD", "arguments": {"betas": 1}}, "makes no optimizer .*betas"),
+        ({"name": "schedulefree.AdamWScheduleFree"}, "averages the weights by itself, .*ema_decay=0.9.* set it to 0"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_is_refused(tmp_path, settings, phrase):
+    with pytest.raises(ValueError, match=phrase):
+        Trainer(tiny_config(tmp_path, optimizer=OptimizerConfig(ema_decay=0.9, **settings)))

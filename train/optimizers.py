@@ -1,5 +1,6 @@
 """The optimizers of a run: which parameter goes where, at which rate, and what a resumed run may change."""
 
+import importlib
 from typing import Any
 
 import torch
@@ -11,13 +12,44 @@ from config import OptimizerConfig
 from localdit.mixers.base import TokenMixer
 from train.components import Denoiser
 
+# of a group; some optimizers keep counts and sums beside them
+SETTINGS = ("lr", "initial_lr", "weight_decay", "betas", "momentum", "eps")
+
 
 def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon beside it if asked; weight decay is on the matrices of linear layers and convolutions only."""
+    """AdamW, with Muon beside it if asked, or the optimizer that `config.name` imports.
+
+    Raises:
+        ValueError: where there is no such optimizer, or it does not take its arguments.
+    """
+    groups, hidden = parameter_groups(denoiser, config)
+    if config.name in ("adamw", "muon"):
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+        ]
+        if hidden:
+            optimizers.append(torch.optim.Muon(hidden, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+        return optimizers
+    try:
+        module, _, name = config.name.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        return [kind(groups, lr=config.learning_rate, **(config.arguments or {}))]
+    except (ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"optimizer.name={config.name!r} with optimizer.arguments={config.arguments} makes no optimizer ({error}); "
+            "give 'adamw', 'muon' or what can be imported, such as 'schedulefree.AdamWScheduleFree'."
+        ) from error
+
+
+def parameter_groups(denoiser: Denoiser, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
+    """Groups of parameters with their weight decay, and those that are Muon's.
+
+    Weight decay is on the matrices of linear layers and convolutions only; what a mixer learns slowly has its own rate.
+    """
     matrices = {id(part.weight) for part in denoiser.modules() if isinstance(part, nn.Linear | nn.Conv2d)}
     blocks = denoiser.transformer.transformer_blocks
     hidden = {id(part.weight) for part in blocks.modules() if isinstance(part, nn.Linear)}
-    if config.name == "adamw":
+    if config.name != "muon":
         hidden = set()
     slow = {
         id(part.get_parameter(name))
@@ -26,22 +58,25 @@ def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.
         for name in part.slow_parameters
     }
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    by_muon = [parameter for parameter in trained if id(parameter) in hidden]
-    decayed = [parameter for parameter in trained if id(parameter) in matrices - hidden]
-    plain = [parameter for parameter in trained if id(parameter) not in matrices | slow]
-    slowly = [parameter for parameter in trained if id(parameter) in slow]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-        {"params": slowly, "weight_decay": 0.0, "lr": min(config.learning_rate, config.slow_learning_rate)},
+        {"params": [p for p in trained if id(p) in matrices - hidden], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if id(p) not in matrices | slow], "weight_decay": 0.0},
+        {
+            "params": [p for p in trained if id(p) in slow],
+            "weight_decay": 0.0,
+            "lr": min(config.learning_rate, config.slow_learning_rate),
+        },
     ]
-    groups = [group for group in groups if group["params"]]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True),
-    ]
-    if by_muon:
-        optimizers.append(torch.optim.Muon(by_muon, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
-    return optimizers
+    return [group for group in groups if group["params"]], [p for p in trained if id(p) in hidden]
+
+
+def check_averages(optimizers: list[torch.optim.Optimizer], config: OptimizerConfig) -> None:
+    """Raise a ValueError where the weights would be averaged twice."""
+    if config.ema_decay and any(hasattr(optimizer, "eval") for optimizer in optimizers):
+        raise ValueError(
+            f"{config.name} averages the weights by itself, so that optimizer.ema_decay={config.ema_decay} would do it "
+            "twice; set it to 0."
+        )
 
 
 def build_schedules(
@@ -76,9 +111,9 @@ def step_if_finite(optimizer: AcceleratedOptimizer, finite: torch.Tensor) -> Non
 
 
 def own_settings(optimizers: list) -> list[list[dict[str, Any]]]:
-    """The settings of each optimizer's groups, such as rates and weight decay, without the parameters."""
+    """The settings of each optimizer's groups, such as rates and weight decay, without what it has come to."""
     return [
-        [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        [{name: value for name, value in group.items() if name in SETTINGS} for group in optimizer.param_groups]
         for optimizer in optimizers
     ]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,14 @@ from train.components import build_networks, check_networks, check_samples, mode
 from train.data import Condition, MicroStepSampler, build_loader
 from train.datasets import build_dataset
 from train.encoding import BatchEncoder
-from train.optimizers import build_optimizers, build_schedules, own_settings, restore_settings, step_if_finite
+from train.optimizers import (
+    build_optimizers,
+    build_schedules,
+    check_averages,
+    own_settings,
+    restore_settings,
+    step_if_finite,
+)
 from train.run_log import RunLog, StepRecord
 from train.run_plot import plot
 from train.settings import as_plain, check_run, save_settings
@@ -66,6 +73,7 @@ class Trainer:
         self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         optimizers = build_optimizers(self.denoiser, config.optimizer)
+        check_averages(optimizers, config.optimizer)
         schedules = build_schedules(optimizers, config.optimizer, config.max_steps, self.accelerator.num_processes)
         self.model = self.accelerator.prepare(self.denoiser)
         self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
@@ -74,6 +82,7 @@ class Trainer:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
         self.state = self._resume(resume) if resume else {"step": 0}
+        self._let_optimizers("train")
         self.watch = Stopwatch(self.accelerator.device)
         if self.denoiser.text_encoder is not None:
             self.watch.attach("text", self.denoiser.text_encoder)
@@ -212,16 +221,24 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self):
-        """Inside, the networks hold the averaged weights."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        """Inside, the networks hold the averaged weights: the EMA's, or those of an optimizer that averages itself."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        self._let_optimizers("eval")
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
         try:
             yield
         finally:
-            self.ema.restore(self.parameters)
+            self._let_optimizers("train")
+            with torch.no_grad():  # to the bit, which the optimizers' way back is not
+                for parameter, values in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(values)
+
+    def _let_optimizers(self, mode: Literal["train", "eval"]) -> None:
+        """Tell the optimizers that have modes, as schedule-free ones do, to show the weights of one."""
+        for optimizer in self.optimizers:
+            if hasattr(optimizer.optimizer, mode):
+                getattr(optimizer.optimizer, mode)()
 
     @torch.no_grad()
     def _draw_samples(self, step: int, stop: StopSignals) -> None:
