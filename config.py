@@ -373,6 +373,9 @@ class TrainConfig:
         resume: "latest", a checkpoint's folder, or None to start anew.
         dry_run: print the settings, the plan and what a step takes, and write nothing.
         save_dtype: of the weights in the trained pipeline.
+        hub_repo_id: push the averaged weights to this repository of the Hub ("owner/name") at every checkpoint, while
+            the training goes on; a failed push is told of and stops nothing. None for no push.
+        hub_private: whether a new repository is private.
         report_to: accelerate trackers beside the JSON lines, such as "tensorboard".
     """
 
@@ -403,4 +406,6 @@ class TrainConfig:
     resume: str | None = None
     dry_run: bool = False
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    hub_repo_id: str | None = None
+    hub_private: bool = True
     report_to: tuple[str, ...] = ("tensorboard",)

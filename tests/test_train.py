@@ -309,3 +309,21 @@ def test_a_schedule_free_optimizer_resumes_to_the_bit_and_saves_its_average(tmp_
 def test_an_optimizer_that_cannot_be_made_is_refused(tmp_path, settings, phrase):
     with pytest.raises(ValueError, match=phrase):
         Trainer(tiny_config(tmp_path, optimizer=OptimizerConfig(ema_decay=0.9, **settings)))
+
+
+def test_a_run_pushes_its_averaged_weights_and_outlives_a_failure(tmp_path, monkeypatch, caplog):
+    pushed = []
+
+    def push_to_hub(pipeline, repo_id, private, commit_message):
+        pushed.append((repo_id, private, commit_message, pipeline.transformer.proj_out.weight.clone()))
+        if len(pushed) == 1:
+            raise ConnectionError("nobody there")
+        return "address"
+
+    monkeypatch.setattr(LocalDiTPipeline, "push_to_hub", push_to_hub)
+    trainer = Trainer(tiny_config(tmp_path, hub_repo_id="me/mine", sample_every=100))
+    trainer.train()
+    assert pushed[0][:3] == ("me/mine", True, "Step 3 of 6") and pushed[-1][2] == "Step 6 of 6"
+    assert "Step 3 of 6 was not pushed to me/mine (nobody there); the training goes on." in caplog.text
+    saved = load_file(tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(saved["proj_out.weight"], pushed[-1][3])

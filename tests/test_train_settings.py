@@ -54,6 +54,7 @@ def test_an_older_checkpoint_is_continued_elsewhere_so_that_nothing_newer_is_los
     ("changes", "phrase"),
     [
         ({"resume": "latest"}, "holds no checkpoint"),
+        ({"hub_repo_id": "a/b/c"}, "hub_repo_id='a/b/c' is no name of a repository"),
         ({"resume": "nowhere"}, "'nowhere' is not a whole checkpoint"),
         ({"data": DataConfig(name="imagefolder")}, "data.path is not set"),
         ({"data": DataConfig(name="imagefolder", path="nowhere")}, "data.path='nowhere' is not a folder"),

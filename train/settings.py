@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 import torch
 import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from config import TrainConfig, Within
 
@@ -31,6 +33,8 @@ FREE = (
     "keep_checkpoints",
     "validate_every",
     "validation_batches",
+    "hub_repo_id",
+    "hub_private",
 )
 
 
@@ -114,6 +118,13 @@ def check_run(config: TrainConfig) -> None:
             f"data.recoloured={config.data.recoloured} needs data.name=digit_scenes and objective.process=flow; "
             "set it to 0."
         )
+    if config.hub_repo_id is not None:
+        try:
+            validate_repo_id(config.hub_repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"hub_repo_id={config.hub_repo_id!r} is no name of a repository ({error}).") from error
+        if config.lora.rank:
+            raise ValueError("hub_repo_id pushes pipelines, not adapters; leave it out with lora.rank.")
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import nn
@@ -22,6 +23,7 @@ from train.components import build_networks, check_networks, check_samples, mode
 from train.data import Condition, MicroStepSampler, build_loader
 from train.datasets import build_dataset
 from train.encoding import BatchEncoder
+from train.hub import BackgroundPush
 from train.optimizers import (
     build_optimizers,
     build_schedules,
@@ -142,6 +144,8 @@ class Trainer:
         accelerator.wait_for_everyone()
         if config.report_to:
             accelerator.init_trackers("train", config=None)
+        pushes = config.hub_repo_id is not None and accelerator.is_main_process
+        self.push = BackgroundPush(str(config.hub_repo_id), config.hub_private) if pushes else None
         self.log = RunLog(config, accelerator, self.watch, first, self.state.get("skipped_steps", 0))
         self.unreadable = UnreadablePictures(self.output_dir, config.data.max_unreadable)
         batches = iter(self.loader)
@@ -164,6 +168,8 @@ class Trainer:
                     accelerator.end_training()
                     raise Stopped(f"stopped at step {done} of {config.max_steps}; go on with --resume latest.")
         self.save_pipeline()
+        if self.push is not None:
+            self.push.finish()
         accelerator.end_training()
 
     def _validate(self, step: int, stop: StopSignals) -> float | None:
@@ -185,6 +191,7 @@ class Trainer:
         save_checkpoint(self.accelerator, self.output_dir / "checkpoints", self.config.keep_checkpoints, state)
         if self.accelerator.is_main_process:
             plot(self.output_dir)
+            self._push(step)
 
     def train_step(self, step: int, batches: Iterator[dict]) -> StepRecord:
         """Take the micro-steps of one step, and update the weights unless their gradient is no number."""
@@ -275,17 +282,28 @@ class Trainer:
         """Write the averaged weights as a pipeline to `output_dir/pipeline`, or as adapters to `output_dir/lora`."""
         if not self.accelerator.is_main_process:
             return
-        dtype = getattr(torch, self.config.save_dtype)
         if self.config.lora.rank:
             with self.averaged_weights():
+                dtype = getattr(torch, self.config.save_dtype)
                 save_lora(self.denoiser.transformer, self.output_dir / LORA_FOLDER, dtype)
             return
+        self._averaged_pipeline().save_pretrained(self.output_dir / "pipeline")
+
+    def _averaged_pipeline(self) -> DiffusionPipeline:
+        """A pipeline of copies, with the averaged weights in the precision to save."""
         with self.averaged_weights():
             networks = deepcopy(self.networks)
+        dtype = getattr(torch, self.config.save_dtype)
         networks.denoiser.to(dtype)
         if networks.vae is not None:
             nn.Module.to(networks.vae, dtype)  # diffusers' own warns of modules to keep in fp32, of which it has none
-        networks.pipeline(self.config).save_pretrained(self.output_dir / "pipeline")
+        return networks.pipeline(self.config)
+
+    def _push(self, step: int) -> None:
+        """Start to push the averaged weights, unless the last push is still under way."""
+        if self.push is None or (self.push.busy and step < self.config.max_steps):
+            return
+        self.push.start(self._averaged_pipeline(), f"Step {step} of {self.config.max_steps}")
 
 
 def condition_of(model: Mapping[str, Any]) -> Condition | None:
