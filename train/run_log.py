@@ -75,7 +75,7 @@ class RunLog:
         norms = torch.stack([record.grad_norm for record in records]).float().cpu().numpy()
         values = {
             **self._losses(records, finite),
-            "grad_norm": float(norms[finite].mean()) if finite.any() else None,
+            "grad_norm": float(norms[np.isfinite(norms)].mean()) if np.isfinite(norms).any() else None,
             "learning_rate": learning_rate,
             "images_per_second": self._pictures(records) / seconds,
             "shares_of_time": self._shares_of_time(seconds),

@@ -218,7 +218,8 @@ class Trainer:
         """Clip the gradients and step, unless they are no numbers; the schedule goes on in any case."""
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
         record.grad_norm = torch.as_tensor(norm, device=self.accelerator.device)
-        record.finite = torch.isfinite(record.grad_norm)
+        if self.accelerator.scaler is None:  # with fp16 some are infinite by design, until its scale has come down
+            record.finite = torch.isfinite(record.grad_norm)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             step_if_finite(optimizer, record.finite)
             schedule.step()
