@@ -344,6 +344,21 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A part of a run with smaller pictures, before those of `data.resolution`.
+
+    Args:
+        until_step: the step that the stage ends with.
+        resolution: side of its pictures in pixels, or of buckets of the same area.
+        batch_size: pictures per process and micro-step; None for the run's.
+    """
+
+    until_step: Count
+    resolution: Count
+    batch_size: Count | None = None
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
@@ -359,6 +374,7 @@ class TrainConfig:
         batch_size: pictures per process and micro-step.
         gradient_accumulation_steps: micro-steps per step.
         max_steps: optimizer steps in all.
+        stages: parts of the run with smaller pictures, in order, before those of `data.resolution`.
         mixed_precision: "no" (fp32), "bf16" or "fp16" (needs a GPU).
         gradient_checkpointing: trade time for memory.
         compile: torch.compile the transformer's blocks.
@@ -392,6 +408,7 @@ class TrainConfig:
     batch_size: Count = 64
     gradient_accumulation_steps: Count = 1
     max_steps: Count = 10_000
+    stages: tuple[StageConfig, ...] = ()
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     compile: bool = False

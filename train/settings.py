@@ -51,6 +51,9 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             check_ranges(value, f"{name}.")
             continue
+        for index, part in enumerate(value if isinstance(value, tuple | list) else ()):
+            if is_dataclass(part):
+                check_ranges(part, f"{name}.{index}.")
         for number_type, within in _bounds(hints[field.name]):
             for number in value if isinstance(value, tuple | list) else [value]:
                 if number is not None:

@@ -35,6 +35,7 @@ from train.optimizers import (
 from train.run_log import RunLog, StepRecord
 from train.run_plot import plot
 from train.settings import as_plain, check_run, save_settings
+from train.stages import build_source
 from train.stopping import Stopped, StopSignals
 from train.stopwatch import Stopwatch
 from train.unreadable import UnreadablePictures
@@ -56,7 +57,7 @@ class Trainer:
             project_dir=str(self.output_dir),
         )
         resume = self._find_start()
-        self.source = source = build_dataset(config.data, config.seed, condition_of(model_settings(config)))
+        self.source = source = build_source(config, condition_of(model_settings(config)))
         set_seed(config.seed)
 
         self.networks = build_networks(config, source.words())

@@ -1,0 +1,62 @@
+"""Pictures that grow while a run goes on: small ones first, as they teach faster, and the wanted size at the end."""
+
+from bisect import bisect_right
+from dataclasses import replace
+from typing import Any
+
+from config import TrainConfig
+from train.data import Condition, Source
+from train.datasets import build_dataset
+
+
+class StagedSource(Source):
+    """One source after another, each from its micro-step on.
+
+    Args:
+        sources: as many as there are stages, of the same pictures in other sizes.
+        starts: first micro-step of each; the first is 0.
+        batch_sizes: pictures per process and micro-step of each.
+    """
+
+    def __init__(self, sources: list[Source], starts: list[int], batch_sizes: list[int]):
+        self.sources = sources
+        self.starts = starts
+        self.batch_sizes = batch_sizes
+        self.channels, self.classes, self.seed = sources[-1].channels, sources[-1].classes, sources[-1].seed
+        self.sizes = [size for source in reversed(sources) for size in source.sizes]  # the last stage's first
+
+    def words(self) -> list[str]:
+        return self.sources[-1].words()
+
+    def keys(self, micro_step: int, batch_size: int, rank: int, world_size: int) -> list[Any]:
+        """As of the source whose turn it is; its batch size counts, and not the one given."""
+        stage = bisect_right(self.starts, micro_step) - 1
+        keys = self.sources[stage].keys(micro_step, self.batch_sizes[stage], rank, world_size)
+        return [(stage, key) for key in keys]
+
+    def __getitem__(self, key: tuple[int, Any]) -> dict:
+        stage, inner = key
+        return self.sources[stage][inner]
+
+
+def build_source(config: TrainConfig, condition: Condition | None) -> Source:
+    """What a run trains on: the data's pictures, after those of the stages before.
+
+    Raises:
+        ValueError: where the stages do not follow each other before the last step.
+    """
+    ends = [stage.until_step for stage in config.stages]
+    if ends != sorted(set(ends)) or (ends and ends[-1] >= config.max_steps):
+        raise ValueError(
+            f"stages end at the steps {ends}; let them ascend, and end before max_steps={config.max_steps}."
+        )
+    last = build_dataset(config.data, config.seed, condition)
+    if not config.stages:
+        return last
+    before = [
+        build_dataset(replace(config.data, resolution=stage.resolution), config.seed, condition)
+        for stage in config.stages
+    ]
+    sizes = [stage.batch_size or config.batch_size for stage in config.stages]
+    starts = [0, *(end * config.gradient_accumulation_steps for end in ends)]
+    return StagedSource([*before, last], starts, [*sizes, config.batch_size])
