@@ -10,6 +10,7 @@ from config import TrainConfig
 from train.data import Source
 from train.pictures import PictureSource
 from train.settings import as_plain
+from train.stages import StagedSource
 from train.trainer import Trainer
 
 GIB = 2**30
@@ -45,7 +46,7 @@ def sizes(trainer: Trainer) -> dict[str, str]:
 
 def plan(trainer: Trainer) -> dict[str, str]:
     """Steps, epochs and sizes of the pictures."""
-    config, source = trainer.config, trainer.source
+    config, source = trainer.config, last_stage(trainer.source)
     taken = config.batch_size * config.gradient_accumulation_steps * trainer.accelerator.num_processes
     lines = {"steps": f"{config.max_steps} of {taken} pictures, {config.max_steps * taken} in all"}
     if isinstance(source, PictureSource):
@@ -60,8 +61,9 @@ def plan(trainer: Trainer) -> dict[str, str]:
 
 def trial(trainer: Trainer) -> dict[str, str]:
     """Time and memory of a step on the largest size: the last of `TRIED`, as the first ones warm up and compile."""
-    keys = largest(trainer.source, trainer.config.batch_size)
-    batch = torch.utils.data.default_collate([trainer.source[key] for key in keys])
+    source = last_stage(trainer.source)
+    keys = largest(source, trainer.config.batch_size)
+    batch = torch.utils.data.default_collate([source[key] for key in keys])
     batches = iter([batch] * TRIED * trainer.config.gradient_accumulation_steps)
     seconds = 0.0
     for step in range(TRIED):
@@ -78,6 +80,11 @@ def trial(trainer: Trainer) -> dict[str, str]:
         "a step": f"{seconds:.2f} s, if the data keep up",
         "all steps": f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min",
     }
+
+
+def last_stage(source: Source) -> Source:
+    """The pictures of the last stage, which are the largest, or of the whole run."""
+    return source.sources[-1] if isinstance(source, StagedSource) else source
 
 
 def largest(source: Source, batch_size: int) -> list:
