@@ -1,7 +1,7 @@
 """Data: which picture each step sees is a pure function of seed, step and rank."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
@@ -58,15 +58,22 @@ class MicroStepSampler:
         return len(self.micro_steps)
 
 
-def build_loader(sampler: MicroStepSampler, num_workers: int) -> DataLoader:
+def build_loader(
+    sampler: MicroStepSampler, num_workers: int, worker_init_fn: Callable[[int], None] | None = None
+) -> DataLoader:
     """Micro-batches for one process; the number of workers changes nothing but the speed."""
     return DataLoader(
         sampler.source,
         batch_sampler=sampler,
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=leave_signals_to_the_trainer,
+        worker_init_fn=worker_init_fn,
     )
+
+
+def end_workers(batches: Iterator) -> None:
+    """Let the workers of a loader's iterator go; at the interpreter's exit they would not hear its SIGTERM."""
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
 
 
 def leave_signals_to_the_trainer(_worker: int) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from train.adapters import FOLDER as LORA_FOLDER
 from train.adapters import add_lora, check_lora, save_lora
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import build_networks, check_networks, check_samples, model_settings
-from train.data import Condition, MicroStepSampler, build_loader
+from train.data import Condition, MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
 from train.datasets import build_dataset
 from train.encoding import BatchEncoder
 from train.hub import BackgroundPush
@@ -101,7 +101,7 @@ class Trainer:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        self.loader = build_loader(sampler, config.data.num_workers)
+        self.loader = build_loader(sampler, config.data.num_workers, leave_signals_to_the_trainer)
 
     def _find_start(self) -> Path | None:
         """The checkpoint to go on from, or None; the main process looks for it, and all hear the same.
@@ -150,7 +150,8 @@ class Trainer:
         self.log = RunLog(config, accelerator, self.watch, first, self.state.get("skipped_steps", 0))
         self.unreadable = UnreadablePictures(self.output_dir, config.data.max_unreadable)
         batches = iter(self.loader)
-        with self.log.progress, StopSignals() as stop:
+        with self.log.progress, StopSignals() as stop, ExitStack() as at_the_end:
+            at_the_end.callback(end_workers, batches)
             for step in range(first, config.max_steps):
                 record = self.train_step(step, batches)
                 self.unreadable.note(record.unreadable)
