@@ -33,7 +33,7 @@ def test_a_whole_pipeline_is_assembled_around_a_checkpoint(checkpoint_file, pipe
     assert loaded.call_default("guidance_scale", None) == 7 and loaded.default_size(None, None) == (768, 1024)
     assert loaded.call_default("num_inference_steps", None) == 20
     assert loaded.call_default("max_sequence_length", None) == 120
-    sizes = loaded.size_conditions(1, 768, 1024)
+    sizes = loaded.size_conditions(768, 1024)
     assert sizes["aspect_ratio"].tolist() == [[pytest.approx(1024 / 768)]]
     loaded.set_progress_bar_config(disable=True)
     assert loaded("a red seven", height=16, width=32, num_inference_steps=2).images[0].size == (32, 16)
