@@ -50,7 +50,8 @@ def plan(trainer: Trainer) -> dict[str, str]:
     taken = config.batch_size * config.gradient_accumulation_steps * trainer.accelerator.num_processes
     lines = {"steps": f"{config.max_steps} of {taken} pictures, {config.max_steps * taken} in all"}
     if isinstance(source, PictureSource):
-        lines["epochs"] = f"{config.max_steps * taken / len(source.records):.1f} of {len(source.records)} pictures"
+        count = sum(len(rows) for rows in source.members.values())  # without those that are left or held out
+        lines["epochs"] = f"{config.max_steps * taken / count:.1f} of {count} pictures"
         buckets = [
             f"{source.sizes[bucket][0]} x {source.sizes[bucket][1]}: {len(rows)}"
             for bucket, rows in source.members.items()
