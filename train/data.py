@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from train.stopping import SIGNALS
@@ -20,11 +21,13 @@ class Source(Dataset):
     Attributes:
         channels: of the pictures.
         classes: names of the labels, where there are any.
+        empty_text: the states [L, D] and the mask [L] of the empty caption, where the items have states of theirs.
         sizes: heights and widths that may come, each all over a micro-step.
     """
 
     channels = 3
     classes: list[str] | None = None
+    empty_text: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self, resolution: int, seed: int):
         self.seed = seed
@@ -33,6 +36,16 @@ class Source(Dataset):
     def words(self) -> list[str]:
         """The words of all captions; none where there are no captions."""
         return []
+
+    def every(self, count: int | None) -> dict[int, list[Any]]:
+        """The keys of all pictures, each once, by the number of their size; of an endless source `count`.
+
+        Raises:
+            ValueError: where the source is endless and there is no count.
+        """
+        if count is None:
+            raise ValueError("These pictures have no end; set pictures to how many of them to take.")
+        return {0: list(range(count))}
 
     def keys(self, micro_step: int, batch_size: int, rank: int, world_size: int) -> list[Any]:
         """What one process sees in one micro-step: a pure function of the seed and the arguments."""

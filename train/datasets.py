@@ -8,8 +8,10 @@ from PIL import Image
 from config import DataConfig
 from localdit.data import digit_scenes
 from localdit.data.labelled_images import SETS, Split, load_labelled_images
+from train.buckets import epoch_order
 from train.data import Condition, Source
-from train.pictures import PictureSource, epoch_order, to_tensor
+from train.pictures import PictureSource, to_tensor
+from train.precomputed import PrecomputedSource
 from train.records import RECORDS, load_records
 
 BEYOND_SEEDS = 2**32  # no run has such a seed
@@ -52,6 +54,9 @@ class LabelledSet(Source):
         images, self.labels, classes = load_labelled_images(config.name, split, config.path)
         self.images = resized(images, config.resolution)[..., None]
         self.classes = list(classes) if condition == "label" else None
+
+    def every(self, count: int | None) -> dict[int, list[int]]:
+        return super().every(len(self.images))  # the first epoch
 
     def __getitem__(self, position: int) -> dict:
         epoch, offset = divmod(position, len(self.images))
@@ -103,6 +108,8 @@ def build_dataset(config: DataConfig, seed: int, condition: Condition | None, sp
     Raises:
         ValueError: where the data have no such condition, or cannot be loaded.
     """
+    if config.name == "precomputed":
+        return PrecomputedSource(config, seed, condition, split)
     if config.name in RECORDS:
         return PictureSource(load_records(config, condition), config, seed, condition, split)
     kinds = {"digit_scenes": "caption", "photo_patches": None}

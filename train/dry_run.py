@@ -1,5 +1,6 @@
 """What a run would be: its sizes, its memory, its buckets, and its time by a few steps that are thrown away."""
 
+import math
 import resource
 import time
 
@@ -7,8 +8,8 @@ import torch
 import yaml
 
 from config import TrainConfig
+from train.buckets import BucketSource
 from train.data import Source
-from train.pictures import PictureSource
 from train.settings import as_plain
 from train.stages import StagedSource
 from train.trainer import Trainer
@@ -29,7 +30,8 @@ def sizes(trainer: Trainer) -> dict[str, str]:
     """Parameters, and what the weights, gradients, optimizer and average of them take for as long as the run lasts."""
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     modules = [trainer.denoiser, trainer.networks.vae]
-    total = sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
+    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    total = sum(parameter.numel() for parameter in parameters if not parameter.is_meta)  # else it is not in memory
     by_muon = sum(
         parameter.numel()
         for optimizer in trainer.optimizers
@@ -49,7 +51,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
     config, source = trainer.config, last_stage(trainer.source)
     taken = config.batch_size * config.gradient_accumulation_steps * trainer.accelerator.num_processes
     lines = {"steps": f"{config.max_steps} of {taken} pictures, {config.max_steps * taken} in all"}
-    if isinstance(source, PictureSource):
+    if isinstance(source, BucketSource):
         count = sum(len(rows) for rows in source.members.values())  # without those that are left or held out
         lines["epochs"] = f"{config.max_steps * taken / count:.1f} of {count} pictures"
         buckets = [
@@ -76,7 +78,7 @@ def trial(trainer: Trainer) -> dict[str, str]:
     peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     hours = seconds * trainer.config.max_steps / 3600
     return {
-        "largest pictures": f"{batch['image'].shape[-2]} x {batch['image'].shape[-1]}",
+        "largest pictures": "{} x {}".format(*max(source.sizes, key=math.prod)),
         "peak memory": f"{peak / GIB:.2f} GiB {'on the GPU' if on_gpu else 'of the process'}",
         "a step": f"{seconds:.2f} s, if the data keep up",
         "all steps": f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min",
@@ -90,7 +92,7 @@ def last_stage(source: Source) -> Source:
 
 def largest(source: Source, batch_size: int) -> list:
     """The keys of a batch of the largest pictures."""
-    if not isinstance(source, PictureSource):
+    if not isinstance(source, BucketSource):
         return source.keys(0, batch_size, rank=0, world_size=1)
     bucket = max(source.members, key=lambda bucket: source.sizes[bucket][0] * source.sizes[bucket][1])
     rows = source.members[bucket]

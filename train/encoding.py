@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from config import TrainConfig
 from train.components import Networks
+from train.frozen import encode_pixels
 from train.objective import Noised, Objective
 from train.stopwatch import Stopwatch
 
@@ -23,32 +24,42 @@ class Example:
 class BatchEncoder:
     """Turns batches into examples; what is random depends on the seed, the micro-step and the process alone."""
 
-    def __init__(self, config: TrainConfig, networks: Networks, accelerator: Accelerator, watch: Stopwatch):
+    def __init__(
+        self,
+        config: TrainConfig,
+        networks: Networks,
+        accelerator: Accelerator,
+        watch: Stopwatch,
+        empty_text: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
         self.config = config
+        self.empty_text = empty_text
         self.networks = networks
         self.accelerator = accelerator
         self.watch = watch
         self.objective = Objective(config.objective)
 
     def __call__(self, batch: dict, micro_step: int) -> Example:
-        """Encode a batch of "image" [B, C, H, W] in [-1, 1] and, as the model asks, "caption" or "label"."""
+        """Encode a batch of "image" [B, C, H, W] in [-1, 1] and, as the model asks, "caption" or "label".
+
+        Precomputed batches have "latents" [B, C, h, w], and "text" [B, L, D] with its "mask" [B, L], in their place.
+        """
         # seeded by place, not by history: a resumed run draws what an uninterrupted one would have drawn
         seed = np.random.SeedSequence((self.config.seed, micro_step, self.accelerator.process_index))
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        dropped = torch.rand(len(batch["image"]), generator=generator) < self.config.objective.condition_dropout
-        clean = self.latents(batch["image"])
+        dropped = torch.rand(len(batch["name"]), generator=generator) < self.config.objective.condition_dropout
+        ready = "latents" in batch
+        clean = batch["latents"].to(self.accelerator.device) if ready else self.latents(batch["image"])
         noised = self.objective(clean, generator, self.source(batch, clean, dropped))
-        return Example(noised, {**self.condition(batch, dropped), **self.sizes(batch)})
+        return Example(noised, {**self.condition(batch, dropped), **self.sizes(clean)})
 
-    @torch.no_grad()
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the transformer works on: the pixels [B, C, H, W], or their latents where there is an autoencoder."""
         pixels, vae = pixels.to(self.accelerator.device), self.networks.vae
         if vae is None:
             return pixels
         with self.watch("vae"), self.accelerator.autocast():
-            latents = vae.encode(pixels).latent_dist.mode().float()
-        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+            return encode_pixels(vae, pixels)
 
     def source(self, batch: dict, clean: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor | None:
         """What is noised in the place of `clean`; only a picture that keeps its caption starts from another one."""
@@ -68,15 +79,21 @@ class BatchEncoder:
             return {"class_labels": batch["label"].masked_fill(dropped, null_class).to(device)}
         if self.networks.tokenizer is None:
             return {}
+        if self.empty_text is not None:
+            states, mask = (
+                torch.where(dropped.view(-1, *[1] * empty.ndim), empty, batch[name])
+                for name, empty in zip(("text", "mask"), self.empty_text, strict=True)
+            )
+            return {"encoder_hidden_states": states.to(device), "attention_mask": mask.to(device)}
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
         tokens = self.networks.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"input_ids": tokens.input_ids.to(device), "attention_mask": tokens.attention_mask.to(device)}
 
-    def sizes(self, batch: dict) -> dict[str, torch.Tensor]:
+    def sizes(self, clean: torch.Tensor) -> dict[str, torch.Tensor]:
         """Height and width in pixels and their ratio, for a transformer that was made with them."""
         if not self.networks.denoiser.transformer.use_additional_conditions:
             return {}
-        count, height, width = len(batch["image"]), *batch["image"].shape[-2:]
+        count, (height, width) = len(clean), (side * self.networks.vae_scale_factor for side in clean.shape[-2:])
         device = self.accelerator.device
         return {
             "resolution": torch.tensor([[float(height), float(width)]] * count, device=device),

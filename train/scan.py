@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import ScanConfig
+from train.buckets import bucket_sizes, nearest_buckets
 from train.command_line import parse, run
-from train.pictures import UNREADABLE, Records, bucket_sizes, nearest_buckets, upright_size
+from train.pictures import UNREADABLE, Records, upright_size
 from train.records import load_records
 from train.settings import check_ranges
 

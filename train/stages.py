@@ -50,6 +50,8 @@ def build_source(config: TrainConfig, condition: Condition | None) -> Source:
         raise ValueError(
             f"stages end at the steps {ends}; let them ascend, and end before max_steps={config.max_steps}."
         )
+    if config.stages and config.data.name == "precomputed":
+        raise ValueError("stages need pictures to resize, and data.name=precomputed has none; leave them out.")
     last = build_dataset(config.data, config.seed, condition)
     if not config.stages:
         return last

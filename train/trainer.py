@@ -1,7 +1,7 @@
 """The training loop."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -19,8 +19,8 @@ from config import TrainConfig
 from train.adapters import FOLDER as LORA_FOLDER
 from train.adapters import add_lora, check_lora, save_lora
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from train.components import build_networks, check_networks, check_samples, model_settings
-from train.data import Condition, MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
+from train.components import build_networks, check_networks, check_samples, condition_of, model_settings
+from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
 from train.datasets import build_dataset
 from train.encoding import BatchEncoder
 from train.hub import BackgroundPush
@@ -32,6 +32,7 @@ from train.optimizers import (
     restore_settings,
     step_if_finite,
 )
+from train.precomputed import check_precomputed
 from train.run_log import RunLog, StepRecord
 from train.run_plot import plot
 from train.settings import as_plain, check_run, save_settings
@@ -65,9 +66,11 @@ class Trainer:
         if config.lora.rank:
             add_lora(self.networks, config.lora)
         check_networks(self.networks, source)
-        check_samples(self.networks.pipeline(config), config.sample)
+        if config.data.name == "precomputed":
+            check_precomputed(config)
+        check_samples(self.networks.pipeline(config, complete=False), config.sample)
         self.denoiser = self.networks.denoiser
-        if self.networks.vae is not None:
+        if self.networks.vae is not None and self.networks.reload is None:
             self.networks.vae.to(self.accelerator.device)
         if config.compile:
             # torch's own note on layer norms under autocast, which nothing here can change
@@ -89,7 +92,7 @@ class Trainer:
         self.watch = Stopwatch(self.accelerator.device)
         if self.denoiser.text_encoder is not None:
             self.watch.attach("text", self.denoiser.text_encoder)
-        self.encode = BatchEncoder(config, self.networks, self.accelerator, self.watch)
+        self.encode = BatchEncoder(config, self.networks, self.accelerator, self.watch, source.empty_text)
         if config.validate_every:
             held_out = build_dataset(config.data, config.seed, condition_of(model_settings(config)), "test")
             self.validation = Validation(config, held_out, self.encode, self.accelerator)
@@ -259,7 +262,7 @@ class Trainer:
         # eager, because compiling again for another batch size takes longer than a few pictures
         with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
             self.denoiser.eval()
-            pipeline = self.networks.pipeline(self.config)
+            pipeline = self.networks.pipeline(self.config).to(self.accelerator.device)
             pipeline.set_progress_bar_config(disable=True)
             rows = sample.prompts if has_text else list(range(self.denoiser.transformer.config.num_classes or 1))
             cells = [row for row in rows for _ in range(sample.num_images)]
@@ -296,21 +299,14 @@ class Trainer:
         """A pipeline of copies, with the averaged weights in the precision to save."""
         with self.averaged_weights():
             networks = deepcopy(self.networks)
-        dtype = getattr(torch, self.config.save_dtype)
-        networks.denoiser.to(dtype)
-        if networks.vae is not None:
-            nn.Module.to(networks.vae, dtype)  # diffusers' own warns of modules to keep in fp32, of which it has none
-        return networks.pipeline(self.config)
+        pipeline = networks.pipeline(self.config)
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module):  # nn.Module's own, as diffusers' warns of modules to keep in fp32
+                nn.Module.to(part, getattr(torch, self.config.save_dtype))
+        return pipeline
 
     def _push(self, step: int) -> None:
         """Start to push the averaged weights, unless the last push is still under way."""
         if self.push is None or (self.push.busy and step < self.config.max_steps):
             return
         self.push.start(self._averaged_pipeline(), f"Step {step} of {self.config.max_steps}")
-
-
-def condition_of(model: Mapping[str, Any]) -> Condition | None:
-    """What the pictures have to come with, for a transformer of these settings."""
-    if model["caption_channels"] is not None:
-        return "caption"
-    return "label" if model["num_classes"] is not None else None
