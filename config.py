@@ -109,6 +109,7 @@ class DataConfig:
         held_out: share of the pictures of folders, data sets and shards that are not trained on but validated with; the
             other sets have pictures of their own for that.
         num_workers: processes that load ahead; 0 loads in the training process.
+        weight: share of the steps in a mixture (`TrainConfig.mixture`), beside the weights of the others.
         one_digit: share of digit scenes with one digit, in [0, 1]; the others have two.
         recoloured: share of digit scenes, in [0, 1], that are noised from the same scene in other colours where at
             least `objective.recolour_sigma` of the input is noise. Their target is the scene as captioned, which
@@ -139,6 +140,7 @@ class DataConfig:
     max_unreadable: CountOrZero = 100
     held_out: ShareBelowOne = 0.0
     num_workers: CountOrZero = 1
+    weight: Positive = 1.0
     one_digit: Share = 0.3
     recoloured: Share = 0.0
 
@@ -376,6 +378,8 @@ class TrainConfig:
         batch_size: pictures per process and micro-step.
         gradient_accumulation_steps: micro-steps per step.
         max_steps: optimizer steps in all.
+        mixture: sources beside `data`; every micro-step sees one of them, as often as its `weight` says. Only the
+            num_workers and max_unreadable of `data` count.
         stages: parts of the run with smaller pictures, in order, before those of `data.resolution`.
         mixed_precision: "no" (fp32), "bf16" or "fp16" (needs a GPU).
         gradient_checkpointing: trade time for memory.
@@ -410,6 +414,7 @@ class TrainConfig:
     batch_size: Count = 64
     gradient_accumulation_steps: Count = 1
     max_steps: Count = 10_000
+    mixture: tuple[DataConfig, ...] = ()
     stages: tuple[StageConfig, ...] = ()
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
-from config import DataConfig, StageConfig
+from config import DataConfig
 from tests.training import tiny_config
 from train import scan
 from train.data import Condition, MicroStepSampler, Source
@@ -343,44 +342,3 @@ def test_sets_of_their_own_have_other_pictures_to_validate_with(name, condition)
     config = DataConfig(name=name, resolution=64)
     first, second = (build_dataset(config, 0, condition, split)[3]["image"] for split in ("train", "test"))
     assert not torch.equal(first, second)
-
-
-def test_pictures_grow_by_stages_and_a_resumed_run_is_at_its_own(mixed_folder, tmp_path):
-    data = DataConfig(name="imagefolder", path=str(mixed_folder), num_workers=0)
-    stages = (StageConfig(until_step=2, resolution=16, batch_size=6), StageConfig(until_step=4, resolution=32))
-    config = tiny_config(tmp_path / "whole", data=data, stages=stages, sample_every=100)
-    config = replace(config, model=replace(config.model, caption_channels=None))
-    seen = []
-
-    def watched(trainer: Trainer) -> Trainer:
-        trainer.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-        return trainer
-
-    whole = watched(Trainer(config))
-    whole.train()
-    expected = [(6, 3, 16, 16)] * 2 + [(4, 3, 32, 32)] * 2 + [(4, 3, 64, 64)] * 2
-    assert seen == expected
-    seen.clear()
-    Trainer(replace(config, output_dir=str(tmp_path / "parts"), max_steps=5, checkpoint_every=3)).train()
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-00000005")
-    resumed = watched(Trainer(replace(config, output_dir=str(tmp_path / "parts"), resume="latest")))
-    resumed.train()
-    assert seen == expected[3:]
-    for mine, theirs in zip(resumed.parameters, whole.parameters, strict=True):
-        assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize(
-    ("stages", "phrase"),
-    [
-        ((StageConfig(3, 16), StageConfig(2, 32)), r"stages end at the steps \[3, 2\]; let them ascend"),
-        ((StageConfig(6, 16),), r"stages end at the steps \[6\]; .* before max_steps=6"),
-        ((StageConfig(2, 0),), "stages.0.resolution=0 must be at least 1"),
-        ((StageConfig(2, 24),), "Pictures of 24 x 24 pixels are no whole number of tokens"),
-    ],
-)
-def test_stages_that_do_not_fit_are_refused(mixed_folder, tmp_path, stages, phrase):
-    data = DataConfig(name="imagefolder", path=str(mixed_folder), num_workers=0)
-    config = tiny_config(tmp_path / "run", data=data, stages=stages)
-    with pytest.raises(ValueError, match=phrase):
-        Trainer(replace(config, model=replace(config.model, caption_channels=None)))

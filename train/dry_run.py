@@ -10,6 +10,7 @@ import yaml
 from config import TrainConfig
 from train.buckets import BucketSource
 from train.data import Source
+from train.mixture import MixedSource
 from train.settings import as_plain
 from train.stages import StagedSource
 from train.trainer import Trainer
@@ -48,24 +49,27 @@ def sizes(trainer: Trainer) -> dict[str, str]:
 
 def plan(trainer: Trainer) -> dict[str, str]:
     """Steps, epochs and sizes of the pictures."""
-    config, source = trainer.config, last_stage(trainer.source)
+    config, sources = trainer.config, last_sources(trainer.source)
     taken = config.batch_size * config.gradient_accumulation_steps * trainer.accelerator.num_processes
     lines = {"steps": f"{config.max_steps} of {taken} pictures, {config.max_steps * taken} in all"}
-    if isinstance(source, BucketSource):
+    weights = [data.weight for data in (config.data, *config.mixture)]
+    for data, source, weight in zip((config.data, *config.mixture), sources, weights, strict=True):
+        if not isinstance(source, BucketSource):
+            continue
+        share, of = weight / sum(weights), f" of {data.path}" if config.mixture else ""
         count = sum(len(rows) for rows in source.members.values())  # without those that are left or held out
-        lines["epochs"] = f"{config.max_steps * taken / count:.1f} of {count} pictures"
+        lines[f"epochs{of}"] = f"{config.max_steps * taken * share / count:.1f} of {count} pictures"
         buckets = [
             f"{source.sizes[bucket][0]} x {source.sizes[bucket][1]}: {len(rows)}"
             for bucket, rows in source.members.items()
         ]
-        lines["pictures by size"] = ", ".join(buckets)
+        lines[f"pictures by size{of}"] = ", ".join(buckets)
     return lines
 
 
 def trial(trainer: Trainer) -> dict[str, str]:
     """Time and memory of a step on the largest size: the last of `TRIED`, as the first ones warm up and compile."""
-    source = last_stage(trainer.source)
-    keys = largest(source, trainer.config.batch_size)
+    source, keys = largest(last_sources(trainer.source), trainer.config.batch_size)
     batch = torch.utils.data.default_collate([source[key] for key in keys])
     batches = iter([batch] * TRIED * trainer.config.gradient_accumulation_steps)
     seconds = 0.0
@@ -85,15 +89,17 @@ def trial(trainer: Trainer) -> dict[str, str]:
     }
 
 
-def last_stage(source: Source) -> Source:
-    """The pictures of the last stage, which are the largest, or of the whole run."""
-    return source.sources[-1] if isinstance(source, StagedSource) else source
+def last_sources(source: Source) -> list[Source]:
+    """The sources of the last stage, which has the largest pictures, or of the whole run; several if they are mixed."""
+    last = source.sources[-1] if isinstance(source, StagedSource) else source
+    return last.sources if isinstance(last, MixedSource) else [last]
 
 
-def largest(source: Source, batch_size: int) -> list:
-    """The keys of a batch of the largest pictures."""
+def largest(sources: list[Source], batch_size: int) -> tuple[Source, list]:
+    """The source of the largest pictures, and the keys of a batch of them."""
+    source = max(sources, key=lambda source: max(math.prod(size) for size in source.sizes))
     if not isinstance(source, BucketSource):
-        return source.keys(0, batch_size, rank=0, world_size=1)
-    bucket = max(source.members, key=lambda bucket: source.sizes[bucket][0] * source.sizes[bucket][1])
+        return source, source.keys(0, batch_size, rank=0, world_size=1)
+    bucket = max(source.members, key=lambda bucket: math.prod(source.sizes[bucket]))
     rows = source.members[bucket]
-    return [(int(rows[index % len(rows)]), bucket) for index in range(batch_size)]
+    return source, [(int(rows[index % len(rows)]), bucket) for index in range(batch_size)]

@@ -63,7 +63,7 @@ class BatchEncoder:
 
     def source(self, batch: dict, clean: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor | None:
         """What is noised in the place of `clean`; only a picture that keeps its caption starts from another one."""
-        if not self.config.data.recoloured:
+        if not self.config.data.recoloured or "source" not in batch:
             return None
         other = (batch["source"] != batch["image"]).flatten(1).any(dim=1) & ~dropped
         source = clean.clone()

@@ -56,15 +56,17 @@ def load_manifest(folder: str | None) -> dict[str, Any]:
 
 def check_precomputed(config: TrainConfig) -> None:
     """Raise a ValueError where a run's frozen networks are not those that its data were computed with."""
-    wanted, found = networks_digests(config), load_manifest(config.data.path)["networks"]
-    names = {"vae": "vae", "max_sequence_length": "text_encoder.max_sequence_length"}
-    for name, value in wanted.items():
-        if value != found[name]:
-            setting = names.get(name, "text_encoder.pretrained")
-            raise ValueError(
-                f"{config.data.path} was computed with another {name} ({_short(found[name])}) than {setting} says "
-                f"({_short(value)}); set the one it was computed with, or compute it anew."
-            )
+    wanted = networks_digests(config)
+    settings = {"vae": "vae", "max_sequence_length": "text_encoder.max_sequence_length"}
+    for path in [data.path for data in (config.data, *config.mixture)]:
+        found = load_manifest(path)["networks"]
+        for name, value in wanted.items():
+            if value != found[name]:
+                setting = settings.get(name, "text_encoder.pretrained")
+                raise ValueError(
+                    f"{path} was computed with another {name} ({_short(found[name])}) than {setting} says "
+                    f"({_short(value)}); set the one it was computed with, or compute it anew."
+                )
 
 
 def _short(value: Any) -> str:

@@ -1,12 +1,14 @@
-"""Pictures that grow while a run goes on: small ones first, as they teach faster, and the wanted size at the end."""
+"""What a run trains on from its first step to its last: smaller pictures first, if it has stages."""
 
 from bisect import bisect_right
 from dataclasses import replace
 from typing import Any
 
 from config import TrainConfig
+from localdit.data.labelled_images import Split
 from train.data import Condition, Source
 from train.datasets import build_dataset
+from train.mixture import MixedSource
 
 
 class StagedSource(Source):
@@ -39,26 +41,37 @@ class StagedSource(Source):
         return self.sources[stage][inner]
 
 
-def build_source(config: TrainConfig, condition: Condition | None) -> Source:
-    """What a run trains on: the data's pictures, after those of the stages before.
+def build_source(config: TrainConfig, condition: Condition | None, split: Split = "train") -> Source:
+    """What a run trains on: its data, mixed with others if there are any, after the smaller ones of its stages.
+
+    With "test", what it is validated with, of the last size.
 
     Raises:
-        ValueError: where the stages do not follow each other before the last step.
+        ValueError: where the stages do not follow each other before the last step, or the sources are not alike.
     """
     ends = [stage.until_step for stage in config.stages]
     if ends != sorted(set(ends)) or (ends and ends[-1] >= config.max_steps):
         raise ValueError(
             f"stages end at the steps {ends}; let them ascend, and end before max_steps={config.max_steps}."
         )
-    if config.stages and config.data.name == "precomputed":
+    ready = [data.name == "precomputed" for data in (config.data, *config.mixture)]
+    if config.stages and any(ready):
         raise ValueError("stages need pictures to resize, and data.name=precomputed has none; leave them out.")
-    last = build_dataset(config.data, config.seed, condition)
-    if not config.stages:
+    if any(ready) and not all(ready):
+        raise ValueError("mixture holds precomputed data beside pictures; precompute all of it, or none.")
+    last = mixed(config, condition, split)
+    if not config.stages or split == "test":
         return last
-    before = [
-        build_dataset(replace(config.data, resolution=stage.resolution), config.seed, condition)
-        for stage in config.stages
-    ]
+    before = [mixed(config, condition, split, stage.resolution) for stage in config.stages]
     sizes = [stage.batch_size or config.batch_size for stage in config.stages]
     starts = [0, *(end * config.gradient_accumulation_steps for end in ends)]
     return StagedSource([*before, last], starts, [*sizes, config.batch_size])
+
+
+def mixed(config: TrainConfig, condition: Condition | None, split: Split, resolution: int | None = None) -> Source:
+    """The run's data and mixture, all in another resolution if one is given."""
+    parts = (config.data, *config.mixture)
+    if resolution is not None:
+        parts = tuple(replace(part, resolution=resolution) for part in parts)
+    sources = [build_dataset(part, config.seed, condition, split) for part in parts]
+    return sources[0] if len(sources) == 1 else MixedSource(sources, [part.weight for part in parts], config.seed)

@@ -21,7 +21,6 @@ from train.adapters import add_lora, check_lora, save_lora
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import build_networks, check_networks, check_samples, condition_of, model_settings
 from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
-from train.datasets import build_dataset
 from train.encoding import BatchEncoder
 from train.hub import BackgroundPush
 from train.optimizers import (
@@ -94,7 +93,7 @@ class Trainer:
             self.watch.attach("text", self.denoiser.text_encoder)
         self.encode = BatchEncoder(config, self.networks, self.accelerator, self.watch, source.empty_text)
         if config.validate_every:
-            held_out = build_dataset(config.data, config.seed, condition_of(model_settings(config)), "test")
+            held_out = build_source(config, condition_of(model_settings(config)), "test")
             self.validation = Validation(config, held_out, self.encode, self.accelerator)
         sampler = MicroStepSampler(
             source,
