@@ -98,6 +98,8 @@ class DataConfig:
             file or address of "webdataset", with numbers as in shard-{000..127}.tar; the folder of "precomputed".
         split: of "huggingface".
         image_column, caption_column, label_column: of "huggingface".
+        streaming: read "huggingface" as it comes, in squares, without having all of it on this machine.
+        shuffle_buffer: pictures that a stream is shuffled among.
         cache_dir: where shards of other machines are copied to; None for ~/.cache/localdit/shards.
         resolution: side of the square picture in pixels; others are resized and cut at the centre.
         bucket_multiple: keep the aspect ratios of pictures from folders, data sets and shards: each is cut to the
@@ -133,6 +135,8 @@ class DataConfig:
     image_column: str = "image"
     caption_column: str = "text"
     label_column: str = "label"
+    streaming: bool = False
+    shuffle_buffer: Count = 1000
     cache_dir: str | None = None
     resolution: Count = 64
     bucket_multiple: Count | None = None

@@ -72,7 +72,7 @@ def test_what_is_precomputed_is_what_training_computes(tmp_path, frozen_run):
     precompute(job(frozen_run, tmp_path / "ready"))
     ready = build_dataset(cached(frozen_run, tmp_path / "ready").data, 0, "caption")
     scenes = {item["name"]: item for item in (build_dataset(frozen_run.data, 0, "caption")[i] for i in range(PICTURES))}
-    networks, accelerator = build_networks(frozen_run, []), Accelerator()
+    networks, accelerator = build_networks(frozen_run, list), Accelerator()
     encode = BatchEncoder(frozen_run, networks, accelerator, Stopwatch(accelerator.device))
     found = rows(ready)
     assert [item["name"] for item in found] == [f"scene {row}" for row in range(PICTURES)]

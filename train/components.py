@@ -153,7 +153,7 @@ class Networks:
         return LocalDiTPipeline(tokenizer=self.tokenizer, text_encoder=text_encoder, **common)
 
 
-def build_networks(config: TrainConfig, words: list[str]) -> Networks:
+def build_networks(config: TrainConfig, words: Callable[[], list[str]]) -> Networks:
     """New networks as the config describes them, or those of the pipeline that `config.pretrained` names."""
     if config.data.name == "precomputed":
         networks = networks_without_frozen(config)
@@ -167,7 +167,7 @@ def build_networks(config: TrainConfig, words: list[str]) -> Networks:
     return networks
 
 
-def new_networks(config: TrainConfig, words: list[str]) -> Networks:
+def new_networks(config: TrainConfig, words: Callable[[], list[str]]) -> Networks:
     """Networks with random weights, but for the autoencoder, which is trained before."""
     vae = load_vae(config.vae)
     if config.model.caption_channels is None:
@@ -217,11 +217,13 @@ def new_transformer(config: ModelConfig) -> LocalDiTTransformer2DModel:
     return transformer
 
 
-def text_networks(config: TextEncoderConfig, words: list[str]) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
-    """The tokenizer and T5 encoder that the config names, or new ones over these words."""
+def text_networks(
+    config: TextEncoderConfig, words: Callable[[], list[str]]
+) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
+    """The tokenizer and T5 encoder that the config names, or new ones over the words that the data have."""
     if config.pretrained is not None:
         return load_text_encoder(config)
-    tokenizer = build_tokenizer(words, config.max_sequence_length)
+    tokenizer = build_tokenizer(words(), config.max_sequence_length)
     return tokenizer, build_text_encoder(config, len(tokenizer))
 
 

@@ -13,6 +13,7 @@ from train.data import Condition, Source
 from train.pictures import PictureSource, to_tensor
 from train.precomputed import PrecomputedSource
 from train.records import RECORDS, load_records
+from train.streaming import StreamSource
 
 BEYOND_SEEDS = 2**32  # no run has such a seed
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
@@ -110,6 +111,8 @@ def build_dataset(config: DataConfig, seed: int, condition: Condition | None, sp
     """
     if config.name == "precomputed":
         return PrecomputedSource(config, seed, condition, split)
+    if config.name == "huggingface" and config.streaming:
+        return StreamSource(config, seed, condition, split)
     if config.name in RECORDS:
         return PictureSource(load_records(config, condition), config, seed, condition, split)
     kinds = {"digit_scenes": "caption", "photo_patches": None}

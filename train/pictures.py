@@ -84,8 +84,7 @@ class PictureSource(BucketSource):
             row = int(rows[(first + offset) % len(rows)])
             try:
                 with self.records.open(row) as image:
-                    upright = ImageOps.exif_transpose(image).convert("RGB")
-                    return np.asarray(cut_to(upright, *self.sizes[bucket])), row, unreadable
+                    return upright_pixels(image, *self.sizes[bucket]), row, unreadable
             except UNREADABLE as error:
                 unreadable.append(f"{self.records.name(row)}: {' '.join(str(error).split())}")
         raise ValueError(f"No picture can be read; the first is {unreadable[0]}.")
@@ -125,6 +124,11 @@ def upright_size(records: Records, row: int) -> tuple[int, int]:
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, C] to float [C, H, W] in [-1, 1]."""
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def upright_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """A picture as its camera was held, resized and cut: uint8 [height, width, 3]."""
+    return np.asarray(cut_to(ImageOps.exif_transpose(image).convert("RGB"), height, width))
 
 
 def cut_to(image: Image.Image, height: int, width: int) -> Image.Image:

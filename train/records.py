@@ -5,7 +5,7 @@ import json
 import re
 import tarfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -108,30 +108,10 @@ class HubRecords:
     """The rows of a data set that `datasets.load_dataset` or `load_from_disk` reads: a Hub id or a folder."""
 
     def __init__(self, config: DataConfig, condition: Condition | None):
-        try:
-            import datasets  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ValueError("data.name=huggingface needs the package datasets; pip install datasets.") from error
-        path = str(config.path)
-        try:
-            saved = (Path(path) / "dataset_info.json").is_file() or (Path(path) / "dataset_dict.json").is_file()
-            rows = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, split=config.split)
-        except Exception as error:  # a download fails in many ways, and each is one sentence to the user
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"data.path={path!r} cannot be loaded as a data set ({reason}); check it.") from error
-        if isinstance(rows, dict):
-            rows = rows[config.split]
-        self.columns = {"caption": config.caption_column, "label": config.label_column}
-        wanted = [config.image_column, *([self.columns[condition]] if condition else [])]
-        if missing := sorted(set(wanted) - set(rows.column_names)):
-            raise ValueError(
-                f"{path} has no column {missing[0]!r} among {rows.column_names}; name yours by data.image_column, "
-                "data.caption_column and data.label_column."
-            )
-        # decoded here, so that a row that cannot be read does not end the run
-        self.rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
-        self.path, self.image_column = path, config.image_column
-        self.classes = list(rows.features[config.label_column].names) if condition == "label" else None
+        self.rows, self.classes = load_hub_rows(config, condition)
+        self.path, self.config = str(config.path), config
+        wanted = {"caption": [config.caption_column], "label": [config.label_column]}.get(condition or "", [])
+        self.conditions = self.rows.select_columns(wanted)  # read without the pictures beside them
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -140,14 +120,52 @@ class HubRecords:
         return f"{self.path}[{row}]"
 
     def open(self, row: int) -> Image.Image:
-        encoded = self.rows[row][self.image_column]
+        encoded = self.rows[row][self.config.image_column]
         return Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
 
     def caption(self, row: int) -> str:
-        return str(self.rows[row][self.columns["caption"]])
+        return str(self.conditions[row][self.config.caption_column])
 
     def label(self, row: int) -> int:
-        return int(self.rows[row][self.columns["label"]])
+        return int(self.conditions[row][self.config.label_column])
+
+
+def load_hub_rows(config: DataConfig, condition: Condition | None) -> tuple[Any, list[str] | None]:
+    """The data set of `config.path`, map-style or streamed, with its pictures undecoded; and the names of its classes.
+
+    Raises:
+        ValueError: where it cannot be loaded, or is without a column that is needed.
+    """
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError("data.name=huggingface needs the package datasets; pip install datasets.") from error
+    path = str(config.path)
+    try:
+        if (Path(path) / "dataset_info.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+            rows = datasets.load_from_disk(path)
+            rows = rows[config.split] if isinstance(rows, dict) else rows
+            rows = rows.to_iterable_dataset() if config.streaming else rows
+        else:
+            rows = datasets.load_dataset(path, split=config.split, streaming=config.streaming)
+        columns = list(rows.column_names or next(iter(rows)))
+    except Exception as error:  # a download fails in many ways, and each is one sentence to the user
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"data.path={path!r} cannot be loaded as a data set ({reason}); check it.") from error
+    wanted = {"caption": [config.caption_column], "label": [config.label_column]}.get(condition or "", [])
+    if missing := sorted({config.image_column, *wanted} - set(columns)):
+        raise ValueError(
+            f"{path} has no column {missing[0]!r} among {columns}; name yours by data.image_column, "
+            "data.caption_column and data.label_column."
+        )
+    classes = None
+    if condition == "label":
+        feature = (rows.features or {}).get(config.label_column)
+        if not isinstance(feature, datasets.ClassLabel):
+            raise ValueError(f"{path} has no names of classes for data.label_column={config.label_column!r}.")
+        classes = list(feature.names)
+    # decoded by us, so that a row that cannot be read does not end the run
+    return rows.cast_column(config.image_column, datasets.Image(decode=False)), classes
 
 
 class Part(NamedTuple):

@@ -60,7 +60,7 @@ class Trainer:
         self.source = source = build_source(config, condition_of(model_settings(config)))
         set_seed(config.seed)
 
-        self.networks = build_networks(config, source.words())
+        self.networks = build_networks(config, source.words)
         self.networks.classes = source.classes
         if config.lora.rank:
             add_lora(self.networks, config.lora)
