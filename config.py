@@ -242,6 +242,8 @@ class ObjectiveConfig:
         min_snr_gamma: the most that an error of the clean picture is weighed by.
         min_sigma: s is taken to be at least this where it is divided by.
         condition_dropout: share of captions (or labels) replaced by the empty one, for guidance, in [0, 1).
+        token_dropout: share of a caption's tokens that the transformer does not see in a step, so that it does not
+            hang on single words, in [0, 1); the last token is always seen.
         recolour_sigma: the least share of noise at which a recoloured scene (`data.recoloured`) is the input.
         flow_shift: of the sampler's sigmas s, which become shift s / (1 + (shift - 1) s); above 1, more of the steps
             are spent where there is much noise. Training does not depend on it.
@@ -258,6 +260,7 @@ class ObjectiveConfig:
     min_snr_gamma: Positive = 5.0
     min_sigma: Annotated[float, Within("(0, 1]")] = 0.05
     condition_dropout: ShareBelowOne = 0.1
+    token_dropout: ShareBelowOne = 0.0
     recolour_sigma: Share = 0.4
     flow_shift: Positive = 1.0
 

@@ -7,10 +7,14 @@ from config import ObjectiveConfig
 from train.objective import PREDICTIONS, Objective, sampling_scheduler
 
 
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
 def draw(prediction_type: str, process: str):
     clean = torch.randn(5, 3, 4, 4)
     config = ObjectiveConfig(process=process, prediction_type=prediction_type)
-    return clean, Objective(config)(clean, torch.Generator().manual_seed(1))
+    return clean, Objective(config)(clean, generators(len(clean)))
 
 
 def test_flow_velocity_leads_from_the_input_to_the_clean_picture():
@@ -34,7 +38,7 @@ def test_flow_sample_loss_equals_the_velocity_loss_of_the_same_prediction():
 def test_a_recoloured_start_is_noised_where_noise_is_strong_and_leads_to_the_clean_picture(prediction_type):
     clean, source = torch.randn(2, 50, 3, 4, 4)
     config = ObjectiveConfig(prediction_type=prediction_type, recolour_sigma=0.5)
-    plain, noised = (Objective(config)(clean, torch.Generator().manual_seed(1), start) for start in (None, source))
+    plain, noised = (Objective(config)(clean, generators(len(clean)), start) for start in (None, source))
     sigma = (noised.timestep / 1000)[:, None, None, None]
     strong = sigma.flatten() >= 0.5
     assert 5 < strong.sum() < 45
@@ -90,7 +94,7 @@ def test_a_weighting_means_the_same_whatever_the_network_predicts(weighting, pro
     costs = {}
     for kind in PREDICTIONS[process]:
         config = ObjectiveConfig(process=process, prediction_type=kind, loss_weighting=weighting, min_sigma=1e-4)
-        noised = Objective(config)(clean, torch.Generator().manual_seed(1))
+        noised = Objective(config)(clean, generators(len(clean)))
         if process == "flow":
             s = (noised.timestep / 1000)[:, None, None, None]
             a = 1 - s
@@ -114,7 +118,7 @@ def test_a_weighting_means_the_same_whatever_the_network_predicts(weighting, pro
 @pytest.mark.parametrize("weighting", ["sigma_sqrt", "cosmap"])
 def test_the_weightings_of_flow_are_those_of_stable_diffusion_3(weighting):
     clean = torch.randn(64, 3, 4, 4)
-    noised = Objective(ObjectiveConfig(loss_weighting=weighting))(clean, torch.Generator().manual_seed(1))
+    noised = Objective(ObjectiveConfig(loss_weighting=weighting))(clean, generators(len(clean)))
     s = (noised.timestep / 1000).clamp(min=0.05)
     expected = {"sigma_sqrt": s**-2, "cosmap": 2 / (torch.pi * (1 - 2 * s + 2 * s**2))}[weighting]
     torch.testing.assert_close(noised.weight, expected)
@@ -126,7 +130,7 @@ def test_the_weightings_of_flow_are_those_of_stable_diffusion_3(weighting):
 def test_timesteps_follow_the_density_and_larger_pictures_get_more_noise(density):
     def drawn(**settings) -> torch.Tensor:
         config = ObjectiveConfig(timestep_density=density, **settings)
-        return Objective(config)(torch.zeros(2000, 1, 8, 8), torch.Generator().manual_seed(1)).timestep / 1000
+        return Objective(config)(torch.zeros(2000, 1, 8, 8), generators(2000)).timestep / 1000
 
     plain = drawn()
     assert plain.min() > 0 and plain.max() < 1

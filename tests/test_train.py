@@ -32,6 +32,26 @@ def test_only_recoloured_pictures_that_keep_their_caption_start_from_their_sourc
     assert torch.equal(source[:2], image[:2]) and torch.equal(source[2], batch["source"][2])
 
 
+def test_dropped_tokens_are_not_seen_but_the_last_always_is(tmp_path):
+    config = tiny_config(tmp_path, batch_size=64)
+    trainer = Trainer(replace(config, objective=replace(config.objective, token_dropout=0.4, condition_dropout=0.5)))
+    batch = torch.utils.data.default_collate([trainer.source[position] for position in range(64)])
+    condition = trainer.encode(batch, micro_step=3).condition
+    tokens, seen = condition["attention_mask"], condition["encoder_attention_mask"]
+    assert (seen <= tokens).all()
+    last = tokens.sum(dim=1) - 1
+    assert (last == 0).any() and seen.gather(1, last[:, None]).all()  # also of the empty caption, which is its end
+    others = tokens.sum() - 64
+    assert 0.3 < 1 - (seen.sum() - 64) / others < 0.5
+    assert torch.equal(trainer.encode(batch, micro_step=3).condition["encoder_attention_mask"], seen)
+    states = []
+    trainer.denoiser.transformer.register_forward_pre_hook(
+        lambda _, __, keywords: states.append(keywords["encoder_attention_mask"]), with_kwargs=True
+    )
+    trainer.train_step(0, iter([batch]))
+    assert (states[0].sum(dim=1) < tokens.sum(dim=1)).any()
+
+
 def test_training_lowers_the_loss_and_leaves_a_pipeline(tmp_path):
     config = tiny_config(tmp_path, max_steps=40, batch_size=8, checkpoint_every=40, sample_every=40, log_every=5)
     Trainer(config).train()

@@ -70,15 +70,17 @@ class Denoiser(nn.Module):
         inputs: torch.Tensor,
         timestep: torch.Tensor,
         input_ids: torch.Tensor | None = None,
-        encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         class_labels: torch.Tensor | None = None,
         resolution: torch.Tensor | None = None,
         aspect_ratio: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predict [B, C, H, W] from noisy inputs [B, C, H, W], timesteps [B] and text or labels [B].
 
-        Text are token ids [B, L], or the states [B, L, D] that a text encoder made of them, with their mask [B, L].
+        Text are token ids [B, L] with their mask, or the states [B, L, D] that a text encoder made of them. The
+        transformer sees those states that `encoder_attention_mask` [B, L] says.
         Where the transformer is conditioned on sizes, `resolution` is [B, 2] and `aspect_ratio` [B, 1].
         """
         states = encoder_hidden_states
@@ -88,7 +90,7 @@ class Denoiser(nn.Module):
         prediction = self.transformer(
             inputs,
             encoder_hidden_states=states,
-            encoder_attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
             timestep=timestep,
             added_cond_kwargs=sizes,
             class_labels=class_labels,

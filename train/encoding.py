@@ -22,7 +22,7 @@ class Example:
 
 
 class BatchEncoder:
-    """Turns batches into examples; what is random depends on the seed, the micro-step and the process alone."""
+    """Turns batches into examples; what is random depends on the seed, the step and a picture's place in it alone."""
 
     def __init__(
         self,
@@ -44,14 +44,24 @@ class BatchEncoder:
 
         Precomputed batches have "latents" [B, C, h, w], and "text" [B, L, D] with its "mask" [B, L], in their place.
         """
-        # seeded by place, not by history: a resumed run draws what an uninterrupted one would have drawn
-        seed = np.random.SeedSequence((self.config.seed, micro_step, self.accelerator.process_index))
-        generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        dropped = torch.rand(len(batch["name"]), generator=generator) < self.config.objective.condition_dropout
+        generators = self.generators(micro_step, len(batch["name"]))
+        drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+        dropped = drawn < self.config.objective.condition_dropout
         ready = "latents" in batch
         clean = batch["latents"].to(self.accelerator.device) if ready else self.latents(batch["image"])
-        noised = self.objective(clean, generator, self.source(batch, clean, dropped))
-        return Example(noised, {**self.condition(batch, dropped), **self.sizes(clean)})
+        noised = self.objective(clean, generators, self.source(batch, clean, dropped))
+        return Example(noised, {**self.condition(batch, dropped, generators), **self.sizes(clean)})
+
+    def generators(self, micro_step: int, count: int) -> list[torch.Generator]:
+        """What each picture of a micro-batch draws from, seeded by the step and the picture's place in the step.
+
+        Not by history: a resumed run draws what an uninterrupted one would have drawn. Nor by the process: several
+        processes, or several micro-steps, draw what one process does with all their pictures in one batch.
+        """
+        step, part = divmod(micro_step, self.config.gradient_accumulation_steps)
+        first = (part * self.accelerator.num_processes + self.accelerator.process_index) * count
+        seeds = (np.random.SeedSequence((self.config.seed, step, first + index)) for index in range(count))
+        return [torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1)) for seed in seeds]
 
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the transformer works on: the pixels [B, C, H, W], or their latents where there is an autoencoder."""
@@ -71,8 +81,10 @@ class BatchEncoder:
             source[other.to(clean.device)] = self.latents(batch["source"][other])
         return source
 
-    def condition(self, batch: dict, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Class labels, or token ids and their mask; the null class and the empty caption where `dropped` [B] says."""
+    def condition(
+        self, batch: dict, dropped: torch.Tensor, generators: list[torch.Generator]
+    ) -> dict[str, torch.Tensor]:
+        """Class labels, or the text's ids or states; the null class and the empty caption where `dropped` [B] says."""
         device = self.accelerator.device
         null_class = self.networks.denoiser.transformer.config.num_classes
         if null_class is not None:
@@ -84,10 +96,25 @@ class BatchEncoder:
                 torch.where(dropped.view(-1, *[1] * empty.ndim), empty, batch[name])
                 for name, empty in zip(("text", "mask"), self.empty_text, strict=True)
             )
-            return {"encoder_hidden_states": states.to(device), "attention_mask": mask.to(device)}
+            kept = self.without_dropped_tokens(mask, generators)
+            return {"encoder_hidden_states": states.to(device), "encoder_attention_mask": kept.to(device)}
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
         tokens = self.networks.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return {"input_ids": tokens.input_ids.to(device), "attention_mask": tokens.attention_mask.to(device)}
+        kept = self.without_dropped_tokens(tokens.attention_mask, generators)
+        return {
+            "input_ids": tokens.input_ids.to(device),
+            "attention_mask": tokens.attention_mask.to(device),
+            "encoder_attention_mask": kept.to(device),
+        }
+
+    def without_dropped_tokens(self, mask: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        """A mask of tokens [B, L] without those that the transformer is not to see; the last of a text stays."""
+        share = self.config.objective.token_dropout
+        if not share:
+            return mask
+        drawn = torch.stack([torch.rand(mask.shape[1], generator=generator) for generator in generators])
+        last = torch.arange(mask.shape[1]) == mask.sum(dim=1, keepdim=True) - 1
+        return mask * ((drawn >= share) | last)
 
     def sizes(self, clean: torch.Tensor) -> dict[str, torch.Tensor]:
         """Height and width in pixels and their ratio, for a transformer that was made with them."""

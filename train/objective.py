@@ -9,6 +9,7 @@ from diffusers.training_utils import (
     compute_loss_weighting_for_sd3,
     compute_snr,
 )
+from diffusers.utils.torch_utils import randn_tensor
 
 from config import ObjectiveConfig
 
@@ -53,23 +54,26 @@ class Objective:
         self.config = config
         self.diffusion = DDPMScheduler(num_train_timesteps=TRAIN_TIMESTEPS, beta_schedule="linear")
 
-    def __call__(self, clean: torch.Tensor, generator: torch.Generator, source: torch.Tensor | None = None) -> Noised:
+    def __call__(
+        self, clean: torch.Tensor, generators: list[torch.Generator], source: torch.Tensor | None = None
+    ) -> Noised:
         """Noise a batch of clean latents [B, C, H, W].
 
         Args:
-            generator: lives on the CPU, so every device draws the same.
+            generators: one for each picture, so that what it is noised with does not depend on its batch; they live on
+                the CPU, so that every device draws the same.
             source: with "flow", what is noised in the place of `clean` where the noise is strong enough
                 (`recolour_sigma`), [B, C, H, W]. The target stays the way from the input to `clean`.
         """
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        noise = randn_tensor(clean.shape, generator=generators).to(clean)
         if self.config.process == "flow":
-            return self._flow(clean, clean if source is None else source, noise, generator)
-        return self._diffusion(clean, noise, generator)
+            return self._flow(clean, clean if source is None else source, noise, generators)
+        return self._diffusion(clean, noise, generators)
 
     def _flow(
-        self, clean: torch.Tensor, source: torch.Tensor, noise: torch.Tensor, generator: torch.Generator
+        self, clean: torch.Tensor, source: torch.Tensor, noise: torch.Tensor, generators: list[torch.Generator]
     ) -> Noised:
-        sigma = self._draw_sigma(clean, generator)
+        sigma = self._draw_sigma(clean, generators)
         mix = sigma[:, None, None, None]
         start = torch.where(mix < self.config.recolour_sigma, clean, source)
         inputs = (1 - mix) * start + mix * noise
@@ -81,17 +85,21 @@ class Objective:
         velocity = noise - clean + (1 - mix) / mix * (start - clean)  # (x_t - x_0) / s, without cancellation
         return Noised(inputs, sigma * TRAIN_TIMESTEPS, velocity, weight)
 
-    def _draw_sigma(self, clean: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _draw_sigma(self, clean: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """The share of noise s in (0, 1) of each picture, [B]."""
         config = self.config
-        sigma = compute_density_for_timestep_sampling(
-            config.timestep_density,
-            len(clean),
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-            mode_scale=config.mode_scale,
-            generator=generator,
-        ).clamp(min=1e-4)  # a uniform s may be zero, and the velocity is divided by it
+        drawn = [
+            compute_density_for_timestep_sampling(
+                config.timestep_density,
+                batch_size=1,
+                logit_mean=config.logit_mean,
+                logit_std=config.logit_std,
+                mode_scale=config.mode_scale,
+                generator=generator,
+            )
+            for generator in generators
+        ]
+        sigma = torch.cat(drawn).clamp(min=1e-4)  # a uniform s may be zero, and the velocity is divided by it
         if config.shift_resolution is not None:
             shift = (clean.shape[-2] * clean.shape[-1]) ** 0.5 / config.shift_resolution
             sigma = shift * sigma / (1 + (shift - 1) * sigma)
@@ -111,8 +119,9 @@ class Objective:
         # p2 weighs the error of the noise, which is snr times that of the picture, by 1 / (1 + snr)
         return snr / (1 + snr)
 
-    def _diffusion(self, clean: torch.Tensor, noise: torch.Tensor, generator: torch.Generator) -> Noised:
-        timestep = torch.randint(TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(clean.device)
+    def _diffusion(self, clean: torch.Tensor, noise: torch.Tensor, generators: list[torch.Generator]) -> Noised:
+        drawn = [torch.randint(TRAIN_TIMESTEPS, (1,), generator=generator) for generator in generators]
+        timestep = torch.cat(drawn).to(clean.device)
         inputs = self.diffusion.add_noise(clean, noise, timestep)  # pyright: ignore[reportArgumentType]
         target = {
             "epsilon": lambda: noise,
