@@ -285,6 +285,9 @@ class OptimizerConfig:
         warmup_steps: steps of linear warm-up.
         max_grad_norm: gradients are clipped to this norm.
         ema_decay: decay of the averaged weights, which are the ones that are sampled and saved; 0 for none.
+        post_hoc_ema: widths, at least two, of averages that are saved at every checkpoint, from which
+            python -m train.post_hoc_ema makes the average of any width after training (arXiv 2312.02696): the standard
+            deviation of what is averaged over, as a share of the training; () for none.
     """
 
     name: str = "adamw"
@@ -301,6 +304,7 @@ class OptimizerConfig:
     warmup_steps: CountOrZero = 500
     max_grad_norm: Positive = 1.0
     ema_decay: ShareBelowOne = 0.999
+    post_hoc_ema: tuple[Annotated[float, Within("(0, 0.28]")], ...] = ()
 
 
 @dataclass(frozen=True)

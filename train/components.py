@@ -251,7 +251,7 @@ def load_networks(source: str, frozen: bool = True) -> Networks:
     """The networks of a pipeline folder or Hub id, in fp32; the autoencoder and text encoder only if `frozen`."""
     with one_sentence(source):
         parts = {"vae", "text_encoder"} & DiffusionPipeline.load_config(source).keys() if not frozen else ()
-        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float32, **dict.fromkeys(parts))
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=torch.float32, **dict.fromkeys(parts))
     if not isinstance(pipeline, LocalDiTPipeline | LocalDiTClassPipeline):
         raise ValueError(
             f"pretrained={source!r} holds a {type(pipeline).__name__}; name a LocalDiTPipeline or "

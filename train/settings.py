@@ -121,6 +121,11 @@ def check_run(config: TrainConfig) -> None:
             f"data.recoloured={config.data.recoloured} needs data.name=digit_scenes and objective.process=flow; "
             "set it to 0."
         )
+    if len(config.optimizer.post_hoc_ema) == 1 or (config.optimizer.post_hoc_ema and config.lora.rank):
+        raise ValueError(
+            f"optimizer.post_hoc_ema={list(config.optimizer.post_hoc_ema)} needs at least two widths, and the whole "
+            "weights to train, not lora.rank; give [0.05, 0.1], or leave it out."
+        )
     if config.hub_repo_id is not None:
         try:
             validate_repo_id(config.hub_repo_id)
@@ -167,6 +172,8 @@ def _decides_shapes(name: str, was: Any, now: Any) -> bool:
     """Whether a setting that changed changes what a checkpoint holds; paths may be spelt anew."""
     if name in ("vae", "pretrained", "text_encoder.pretrained"):
         return (was is None) != (now is None)
+    if name == "optimizer.post_hoc_ema":
+        return True
     if name == "optimizer.ema_decay":
         return (was == 0) != (now == 0)
     return name.startswith(("model.", "text_encoder.", "lora.")) or name == "optimizer.name"

@@ -31,6 +31,8 @@ from train.optimizers import (
     restore_settings,
     step_if_finite,
 )
+from train.post_hoc_ema import FOLDER as POST_HOC_EMA
+from train.post_hoc_ema import PowerAverages
 from train.precomputed import check_precomputed
 from train.run_log import RunLog, StepRecord
 from train.run_plot import plot
@@ -86,6 +88,10 @@ class Trainer:
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
             self.accelerator.register_for_checkpointing(self.ema)
+        if config.optimizer.post_hoc_ema:
+            named = {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
+            self.power_averages = PowerAverages(named, config.optimizer.post_hoc_ema)
+            self.accelerator.register_for_checkpointing(self.power_averages)
         self.state = self._resume(resume) if resume else {"step": 0}
         self._let_optimizers("train")
         self.watch = Stopwatch(self.accelerator.device)
@@ -194,6 +200,9 @@ class Trainer:
         }
         save_checkpoint(self.accelerator, self.output_dir / "checkpoints", self.config.keep_checkpoints, state)
         if self.accelerator.is_main_process:
+            if self.config.optimizer.post_hoc_ema:
+                dtype = getattr(torch, self.config.save_dtype)
+                self.power_averages.save(self.output_dir / POST_HOC_EMA, dtype)
             plot(self.output_dir)
             self._push(step)
 
@@ -230,6 +239,8 @@ class Trainer:
             optimizer.zero_grad()
         if self.ema is not None:
             self.ema.step(self.parameters)
+        if self.config.optimizer.post_hoc_ema:
+            self.power_averages.step()
 
     @contextmanager
     def averaged_weights(self):
