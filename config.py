@@ -403,6 +403,9 @@ class TrainConfig:
         keep_checkpoints: how many of the last checkpoints to keep, beside the one of the least validation loss.
         max_skipped_steps: a step whose loss or gradient is no number leaves the weights as they are; the run ends when
             there were more such steps than this.
+        spike_factor: a loss, meant over `log_every` steps, of more than so many times the median of the last ten takes
+            the run back to the last checkpoint, from where it goes on with the pictures that come next; None for never.
+        max_rollbacks: the run ends when it would go back more often than this.
         resume: "latest", a checkpoint's folder, or None to start anew.
         dry_run: print the settings, the plan and what a step takes, and write nothing.
         save_dtype: of the weights in the trained pipeline.
@@ -438,6 +441,8 @@ class TrainConfig:
     validation_batches: Count = 4
     keep_checkpoints: Count = 2
     max_skipped_steps: CountOrZero = 10
+    spike_factor: Annotated[float, Within("(1, inf)")] | None = None
+    max_rollbacks: Count = 3
     resume: str | None = None
     dry_run: bool = False
     save_dtype: Literal["float32", "float16", "bfloat16"] = "float32"

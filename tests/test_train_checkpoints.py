@@ -129,10 +129,10 @@ def test_a_full_disk_ends_a_run_with_the_last_checkpoint_whole(tmp_path):
     save = trainer._save_checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_on_a_full_disk(step, _validation_loss):
-        if step == 2:
+    def save_on_a_full_disk(validation_loss):
+        if trainer.state["step"] == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes that a file may have
-        save(step)
+        save(validation_loss)
 
     trainer._save_checkpoint = save_on_a_full_disk
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -43,17 +43,17 @@ class StepRecord:
 class RunLog:
     """Gathers the records of all processes and writes them down."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, watch: Stopwatch, first_step: int, skipped: int):
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, watch: Stopwatch, state: dict[str, Any]):
         self.config = config
         self.accelerator = accelerator
         self.watch = watch
         self.folder = Path(config.output_dir)
-        self.skipped = skipped  # steps without an update, since the run began
+        self.skipped = state.get("skipped_steps", 0)  # steps without an update, since the run began
         self.records: list[StepRecord] = []
         self.since = time.perf_counter()
         self.progress = tqdm(
             total=config.max_steps,
-            initial=first_step,
+            initial=state["step"],
             disable=not accelerator.is_main_process,
             unit="step",
             dynamic_ncols=True,
@@ -129,6 +129,13 @@ class RunLog:
         if self.accelerator.is_main_process:
             with (self.folder / SKIPPED).open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def went_back(self, step: int, to: int) -> None:
+        """Tell that the run left its course at a step and goes on from one before."""
+        self.note(step, {"rolled_back_to": to})
+        self.progress.write(f"The loss at step {step} left its course; back to step {to}, and on with the next data.")
+        self.progress.n = to
+        self.records = []
 
     def note(self, step: int, values: dict[str, Any]) -> None:
         """Write values of a step to the log and the trackers."""

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import nn
+from torch.utils.data import DataLoader
 
 from config import TrainConfig
 from train.adapters import FOLDER as LORA_FOLDER
@@ -37,11 +39,14 @@ from train.precomputed import check_precomputed
 from train.run_log import RunLog, StepRecord
 from train.run_plot import plot
 from train.settings import as_plain, check_run, save_settings
+from train.spikes import SpikeWatch
 from train.stages import build_source
 from train.stopping import Stopped, StopSignals
 from train.stopwatch import Stopwatch
 from train.unreadable import UnreadablePictures
 from train.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -92,7 +97,7 @@ class Trainer:
             named = {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
             self.power_averages = PowerAverages(named, config.optimizer.post_hoc_ema)
             self.accelerator.register_for_checkpointing(self.power_averages)
-        self.state = self._resume(resume) if resume else {"step": 0}
+        self.state: dict[str, Any] = self._resume(resume) if resume else {"step": 0}
         self._let_optimizers("train")
         self.watch = Stopwatch(self.accelerator.device)
         if self.denoiser.text_encoder is not None:
@@ -101,15 +106,20 @@ class Trainer:
         if config.validate_every:
             held_out = build_source(config, condition_of(model_settings(config)), "test")
             self.validation = Validation(config, held_out, self.encode, self.accelerator)
+        self.loader = self._build_loader()
+
+    def _build_loader(self) -> DataLoader:
+        """The micro-batches of the steps to come."""
+        config, passed_over = self.config, self.state.get("passed_over", 0)
         sampler = MicroStepSampler(
-            source,
+            self.source,
             config.batch_size,
-            first=self.state["step"] * config.gradient_accumulation_steps,
-            last=config.max_steps * config.gradient_accumulation_steps,
+            first=(self.state["step"] + passed_over) * config.gradient_accumulation_steps,
+            last=(config.max_steps + passed_over) * config.gradient_accumulation_steps,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        self.loader = build_loader(sampler, config.data.num_workers, leave_signals_to_the_trainer)
+        return build_loader(sampler, config.data.num_workers, leave_signals_to_the_trainer)
 
     def _find_start(self) -> Path | None:
         """The checkpoint to go on from, or None; the main process looks for it, and all hear the same.
@@ -146,7 +156,7 @@ class Trainer:
             Stopped: where a signal ended the run early; its checkpoint is then written.
             FloatingPointError: where too many losses or gradients were no numbers; no checkpoint is written then.
         """
-        config, accelerator, first = self.config, self.accelerator, self.state["step"]
+        config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_settings(config, self.output_dir)
@@ -155,32 +165,66 @@ class Trainer:
             accelerator.init_trackers("train", config=None)
         pushes = config.hub_repo_id is not None and accelerator.is_main_process
         self.push = BackgroundPush(str(config.hub_repo_id), config.hub_private) if pushes else None
-        self.log = RunLog(config, accelerator, self.watch, first, self.state.get("skipped_steps", 0))
+        self.log = RunLog(config, accelerator, self.watch, self.state)
         self.unreadable = UnreadablePictures(self.output_dir, config.data.max_unreadable)
+        with self.log.progress, StopSignals() as stop:
+            while self.state["step"] < config.max_steps:
+                self._train_until_spike(stop)
+        self.save_pipeline()
+        if self.push is not None:
+            self.push.finish()
+        accelerator.end_training()
+
+    def _train_until_spike(self, stop: StopSignals) -> None:
+        """Run to the last step, or to where the loss leaves its course and all is as at the last checkpoint again."""
+        config, first, passed_over = self.config, self.state["step"], self.state.get("passed_over", 0)
+        spikes = SpikeWatch(config.spike_factor, self.state.get("recent_losses", []))
         batches = iter(self.loader)
-        with self.log.progress, StopSignals() as stop, ExitStack() as at_the_end:
+        with ExitStack() as at_the_end:
             at_the_end.callback(end_workers, batches)
             for step in range(first, config.max_steps):
-                record = self.train_step(step, batches)
+                record = self.train_step(step + passed_over, batches)
                 self.unreadable.note(record.unreadable)
                 self.log.add(record)
                 done, stops, validation_loss = step + 1, stop.agreed(), None
                 saves = stops or done % config.checkpoint_every == 0 or done == config.max_steps
                 if saves or done % config.log_every == 0:  # the log ends a run that learns nothing, unsaved
-                    self.log.write(done, self.schedules[0].get_last_lr()[0])
+                    values = self.log.write(done, self.schedules[0].get_last_lr()[0])
+                    if spikes.is_spike(values["loss"]) and self._roll_back(done):
+                        return
                 if done % config.sample_every == 0 and not stops:
                     self._draw_samples(done, stop)
                 if config.validate_every and done % config.validate_every == 0 and not stops:
                     validation_loss = self._validate(done, stop)
+                self.state |= {"step": done, "recent_losses": list(spikes.recent)}
                 if saves:
-                    self._save_checkpoint(done, validation_loss)
+                    self._save_checkpoint(validation_loss)
                 if stops and done < config.max_steps:
-                    accelerator.end_training()
+                    self.accelerator.end_training()
                     raise Stopped(f"stopped at step {done} of {config.max_steps}; go on with --resume latest.")
-        self.save_pipeline()
-        if self.push is not None:
-            self.push.finish()
-        accelerator.end_training()
+
+    def _roll_back(self, step: int) -> bool:
+        """Go back to the last checkpoint, if there is one, and on from there with the data that come after this step.
+
+        Raises:
+            FloatingPointError: where the run went back too often before.
+        """
+        checkpoints = list_checkpoints(self.output_dir / "checkpoints")
+        if not checkpoints:
+            logger.warning("The loss at step %d left its course, and there is no checkpoint to go back to.", step)
+            return False
+        rollbacks = self.state.get("rollbacks", 0) + 1
+        if rollbacks > self.config.max_rollbacks:
+            raise FloatingPointError(
+                f"The loss at step {step} left its course again, after {rollbacks - 1} returns to a checkpoint; lower "
+                f"optimizer.learning_rate, raise spike_factor={self.config.spike_factor}, and resume from the last one."
+            )
+        data_step = step + self.state.get("passed_over", 0)
+        self.state = self._resume(find_checkpoint("latest", self.output_dir / "checkpoints"))
+        self.state |= {"passed_over": data_step - self.state["step"], "rollbacks": rollbacks}
+        self.loader = self._build_loader()
+        self.log.went_back(step, self.state["step"])
+        return True
 
     def _validate(self, step: int, stop: StopSignals) -> float | None:
         """Log the loss on held-out pictures, and return it, or None where a signal came meanwhile."""
@@ -191,10 +235,10 @@ class Trainer:
             self.log.note(step, values)
         return values.get("validation_loss")
 
-    def _save_checkpoint(self, step: int, validation_loss: float | None = None) -> None:
+    def _save_checkpoint(self, validation_loss: float | None = None) -> None:
         state = {
+            **self.state,
             "validation_loss": validation_loss,
-            "step": step,
             "config": as_plain(self.config),
             "skipped_steps": self.log.skipped,
         }
@@ -204,7 +248,7 @@ class Trainer:
                 dtype = getattr(torch, self.config.save_dtype)
                 self.power_averages.save(self.output_dir / POST_HOC_EMA, dtype)
             plot(self.output_dir)
-            self._push(step)
+            self._push(self.state["step"])
 
     def train_step(self, step: int, batches: Iterator[dict]) -> StepRecord:
         """Take the micro-steps of one step, and update the weights unless their gradient is no number."""
