@@ -327,6 +327,39 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class MixersConfig:
+    """The token mixers that the transformer of a `pretrained` pipeline gets in the place of its own.
+
+    Args:
+        token_mixers, mixer_options: as in `ModelConfig`; None leaves the transformer its own.
+    """
+
+    token_mixers: tuple[str, ...] | None = None
+    mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None = None
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """A teacher beside the data: it sees the same noisy pictures, and the student learns from what it makes of them.
+
+    The loss of a picture is the sum of the three terms below. The text encoder must be frozen.
+
+    Args:
+        teacher: pipeline folder or Hub id of a LocalDiT or a PixArt with as many blocks, of the same width; None for
+            no teacher.
+        data_weight: of the objective's own loss.
+        output_weight: of the same loss with the teacher's output as the target.
+        feature_weight: of the squared error to the output of the teacher's blocks, each over its mean square, meant
+            over the blocks.
+    """
+
+    teacher: str | None = None
+    data_weight: PositiveOrZero = 1.0
+    output_weight: PositiveOrZero = 1.0
+    feature_weight: PositiveOrZero = 1.0
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How pictures are sampled; None leaves it to the model's folder.
 
@@ -384,6 +417,8 @@ class TrainConfig:
         vae: folder or Hub id of a trained AutoencoderKL, for a model that works on its latents; None for pixels.
         model, text_encoder, data, objective, optimizer: see their classes; text_encoder is for models with captions.
         lora: adapters to train in the place of the weights; they are saved to `output_dir/lora`, and no pipeline.
+        mixers: what the transformer of `pretrained` is turned into.
+        distillation: a teacher to learn from.
         sample: the pictures drawn every `sample_every` steps; its size, steps, guidance and strength become the
             pipeline's defaults.
         batch_size: pictures per process and micro-step.
@@ -424,6 +459,8 @@ class TrainConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
+    mixers: MixersConfig = MixersConfig()
+    distillation: DistillationConfig = DistillationConfig()
     sample: SampleConfig = SampleConfig()
     batch_size: Count = 64
     gradient_accumulation_steps: Count = 1

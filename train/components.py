@@ -84,7 +84,7 @@ class Denoiser(nn.Module):
         Where the transformer is conditioned on sizes, `resolution` is [B, 2] and `aspect_ratio` [B, 1].
         """
         states = encoder_hidden_states
-        if self.text_encoder is not None:
+        if states is None and self.text_encoder is not None:
             states = self.text_encoder(input_ids, attention_mask=attention_mask)[0]
         sizes = {"resolution": resolution, "aspect_ratio": aspect_ratio} if resolution is not None else None
         prediction = self.transformer(
@@ -161,6 +161,8 @@ def build_networks(config: TrainConfig, words: Callable[[], list[str]]) -> Netwo
         networks = networks_without_frozen(config)
     else:
         networks = new_networks(config, words) if config.pretrained is None else load_networks(config.pretrained)
+    if config.mixers.token_mixers is not None:
+        networks.denoiser.transformer.set_token_mixers(config.mixers.token_mixers, config.mixers.mixer_options)
     if config.text_encoder.frozen and networks.denoiser.text_encoder is not None:
         networks.denoiser.text_encoder.requires_grad_(False)
     networks.denoiser.train()

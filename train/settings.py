@@ -15,7 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from config import TrainConfig, Within
+from config import MixersConfig, TrainConfig, Within
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,11 @@ def check_run(config: TrainConfig) -> None:
             f"data.recoloured={config.data.recoloured} needs data.name=digit_scenes and objective.process=flow; "
             "set it to 0."
         )
+    if config.mixers != MixersConfig() and (config.pretrained is None or config.mixers.token_mixers is None):
+        raise ValueError(
+            "mixers turns the transformer of a pretrained pipeline into one with other mixers; set mixers.token_mixers "
+            "and pretrained, or for a new transformer model.token_mixers."
+        )
     if len(config.optimizer.post_hoc_ema) == 1 or (config.optimizer.post_hoc_ema and config.lora.rank):
         raise ValueError(
             f"optimizer.post_hoc_ema={list(config.optimizer.post_hoc_ema)} needs at least two widths, and the whole "
@@ -176,7 +181,7 @@ def _decides_shapes(name: str, was: Any, now: Any) -> bool:
         return True
     if name == "optimizer.ema_decay":
         return (was == 0) != (now == 0)
-    return name.startswith(("model.", "text_encoder.", "lora.")) or name == "optimizer.name"
+    return name.startswith(("model.", "text_encoder.", "lora.", "mixers.")) or name == "optimizer.name"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,7 +23,8 @@ from train.adapters import add_lora, check_lora, save_lora
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import build_networks, check_networks, check_samples, condition_of, model_settings
 from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
-from train.encoding import BatchEncoder
+from train.distillation import Teacher
+from train.encoding import BatchEncoder, Example
 from train.hub import BackgroundPush
 from train.optimizers import (
     build_optimizers,
@@ -76,6 +77,8 @@ class Trainer:
             check_precomputed(config)
         check_samples(self.networks.pipeline(config, complete=False), config.sample)
         self.denoiser = self.networks.denoiser
+        distills = config.distillation.teacher is not None
+        self.teacher = Teacher(config, self.networks, self.accelerator) if distills else None
         if self.networks.vae is not None and self.networks.reload is None:
             self.networks.vae.to(self.accelerator.device)
         if config.compile:
@@ -260,8 +263,7 @@ class Trainer:
                 example = self.encode(batch, micro_step)
                 with self.watch("model"):
                     with self.accelerator.autocast():
-                        prediction = self.model(example.noised.inputs, example.noised.timestep, **example.condition)
-                    losses = example.noised.losses(prediction)
+                        losses = self._losses(example)
                     self.accelerator.backward(losses.mean())
                     if self.accelerator.sync_gradients:
                         self._update(record)
@@ -270,6 +272,13 @@ class Trainer:
             record.names += batch["name"]
             record.unreadable += batch.get("unreadable", [])
         return record
+
+    def _losses(self, example: Example) -> torch.Tensor:
+        """The losses of the pictures, [B]."""
+        if self.teacher is not None:
+            return self.teacher.losses(self.model, example)
+        noised = example.noised
+        return noised.losses(self.model(noised.inputs, noised.timestep, **example.condition))
 
     def _update(self, record: StepRecord) -> None:
         """Clip the gradients and step, unless they are no numbers; the schedule goes on in any case."""
