@@ -506,3 +506,18 @@ class PrecomputeConfig:
     pictures: Count | None = None
     shard_size: Count = 1024
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+
+
+@dataclass(frozen=True)
+class TrainBenchmarkConfig:
+    """How the cost of the trainer is measured.
+
+    Args:
+        run: the recipe that is timed.
+        rounds: turns that each contestant has, after one to warm up.
+        steps: of a turn.
+    """
+
+    run: TrainConfig
+    rounds: Count = 5
+    steps: Count = 5

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from config import DataConfig, PrecomputeConfig, TrainConfig
+from config import DataConfig, PrecomputeConfig, TrainBenchmarkConfig, TrainConfig
 from localdit import LocalDiTPipeline
 from tests.training import tiny_config
+from train.benchmark import benchmark
 from train.components import build_networks, build_text_encoder, build_tokenizer
 from train.datasets import DigitScenes, build_dataset
 from train.encoding import BatchEncoder
@@ -178,6 +179,15 @@ def test_labels_and_sizes_are_kept_and_what_cannot_be_read_is_left_out(tmp_path,
         assert torch.equal(item["latents"], originals[item["name"]]["image"])
         assert item["label"] == originals[item["name"]]["label"]
     assert str(broken) in (tmp_path / "ready" / "unreadable.jsonl").read_text()
+
+
+def test_the_cost_of_the_trainer_is_told_beside_a_bare_loop(frozen_run, capsys):
+    ratios = benchmark(TrainBenchmarkConfig(run=frozen_run, rounds=2, steps=1))
+    assert list(ratios) == ["bare loop", "trainer, one batch", "trainer, precomputed", "trainer, pictures"]
+    assert ratios["bare loop"] == 1 and all(ratio > 0.2 for ratio in ratios.values())
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 4 and all(" of the bare loop (" in line for line in told)
+    assert not Path(frozen_run.output_dir).exists()
 
 
 def test_what_does_not_go_together_is_one_sentence(tmp_path, frozen_run):
