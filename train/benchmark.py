@@ -1,8 +1,8 @@
 """What the trainer costs beside the model: python -m train.benchmark --run train/recipes/digit_scenes.yaml.
 
 Takes turns within one run: a bare loop of forward, backward and optimizer step on one batch that is ready; the trainer
-on the same batch again and again; the trainer on precomputed data; and the trainer on pictures. Times are told as ratios
-to the bare loop's, medians over the rounds.
+on the same batch again and again; the trainer on precomputed data; and the trainer on pictures. Times are told as
+ratios to the bare loop's, medians over the rounds.
 """
 
 import json
