@@ -360,6 +360,27 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
+class FewStepConfig:
+    """Learning to draw in few steps what a teacher draws in many, guidance included.
+
+    Every step of the student is taught to end where so many of the teacher's end (progressive distillation, arXiv
+    2202.00512, with the guidance in the target, as in arXiv 2210.03142). Needs objective.process "flow" and a frozen
+    text encoder; the trained pipeline is sampled with `steps` steps and without guidance.
+
+    Args:
+        teacher: as in `DistillationConfig`; None for none.
+        steps: of the student.
+        teacher_steps: of the teacher, a multiple of `steps`.
+        guidance_scale: of the teacher.
+    """
+
+    teacher: str | None = None
+    steps: Count = 4
+    teacher_steps: Count = 20
+    guidance_scale: Finite = 4.5
+
+
+@dataclass(frozen=True)
 class SampleConfig:
     """How pictures are sampled; None leaves it to the model's folder.
 
@@ -419,6 +440,7 @@ class TrainConfig:
         lora: adapters to train in the place of the weights; they are saved to `output_dir/lora`, and no pipeline.
         mixers: what the transformer of `pretrained` is turned into.
         distillation: a teacher to learn from.
+        few_step: a teacher of many steps to learn few steps from.
         sample: the pictures drawn every `sample_every` steps; its size, steps, guidance and strength become the
             pipeline's defaults.
         batch_size: pictures per process and micro-step.
@@ -461,6 +483,7 @@ class TrainConfig:
     lora: LoraConfig = LoraConfig()
     mixers: MixersConfig = MixersConfig()
     distillation: DistillationConfig = DistillationConfig()
+    few_step: FewStepConfig = FewStepConfig()
     sample: SampleConfig = SampleConfig()
     batch_size: Count = 64
     gradient_accumulation_steps: Count = 1

@@ -84,7 +84,7 @@ def led_astray(config) -> Trainer:
 
 def test_a_student_comes_nearer_to_its_teacher_which_stays_as_it_is(tmp_path, teacher):
     trainer = led_astray(student(tmp_path / "run", teacher, (0.0, 1.0, 1.0), max_steps=40, checkpoint_every=20))
-    before = {name: value.clone() for name, value in trainer.teacher.transformer.state_dict().items()}
+    before = {name: value.clone() for name, value in trainer.teacher.denoiser.transformer.state_dict().items()}
     example = trainer.encode(batch_of(trainer, 8), 10**6)
 
     def distance() -> float:
@@ -94,7 +94,7 @@ def test_a_student_comes_nearer_to_its_teacher_which_stays_as_it_is(tmp_path, te
     at_first = distance()
     trainer.train()
     assert distance() < 0.7 * at_first
-    for name, value in trainer.teacher.transformer.state_dict().items():
+    for name, value in trainer.teacher.denoiser.transformer.state_dict().items():
         assert torch.equal(value, before[name])
     pipeline = LocalDiTPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert set(pipeline.transformer.config.token_mixers) == {"window"}
@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, teacher):
         return str(caught.value)
 
     assert "set text_encoder.frozen to true" in refused(text_encoder=replace(config.text_encoder, frozen=False))
-    assert "distillation.teacher='nowhere' cannot be loaded" in refused(distillation=DistillationConfig("nowhere"))
+    assert "The teacher 'nowhere' cannot be loaded" in refused(distillation=DistillationConfig("nowhere"))
     assert "for a new transformer model.token_mixers" in refused(pretrained=None)
     narrow = replace(config.model, num_layers=1)
     fresh = {"pretrained": None, "mixers": MixersConfig(), "model": narrow}

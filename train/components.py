@@ -146,7 +146,7 @@ class Networks:
         common = {
             "vae": vae,
             "transformer": self.denoiser.transformer,
-            "scheduler": sampling_scheduler(config.objective),
+            "scheduler": sampling_scheduler(config.objective, first_order=config.few_step.teacher is not None),
             "call_defaults": self.call_defaults
             | {name: value for name, value in defaults.items() if value is not None},
         }

@@ -45,26 +45,40 @@ class Teacher:
         ValueError: where it does not fit the student, or the text encoder is trained along.
     """
 
-    def __init__(self, config: TrainConfig, networks: Networks, accelerator: Accelerator):
-        self.config = config.distillation
-        student = networks.denoiser.transformer
-        source = str(self.config.teacher)
-        self.transformer = load_teacher(source).to(accelerator.device)
+    def __init__(self, source: str, config: TrainConfig, networks: Networks, accelerator: Accelerator):
+        student, transformer = networks.denoiser.transformer, load_teacher(source)
         for name in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size"):
-            theirs, own = self.transformer.config[name], student.config[name]
+            theirs, own = transformer.config[name], student.config[name]
             if theirs != own:
-                raise ValueError(
-                    f"distillation.teacher={source!r} has {name}={theirs}, and the student {own}; they must be equal."
-                )
+                raise ValueError(f"The teacher {source!r} has {name}={theirs}, and the student {own}; make them equal.")
         self.text_encoder = networks.denoiser.text_encoder
         if self.text_encoder is not None and not config.text_encoder.frozen:
-            raise ValueError("distillation needs a text encoder that both hear alike; set text_encoder.frozen to true.")
-        self.denoiser = Denoiser(self.transformer, text_encoder=None).eval().requires_grad_(False)
-        self.own, self.students = BlockOutputs(self.transformer), BlockOutputs(student)
+            raise ValueError("A teacher needs a text encoder that both hear alike; set text_encoder.frozen to true.")
+        denoiser = Denoiser(transformer, text_encoder=None).eval().requires_grad_(False)
+        self.denoiser = denoiser.to(accelerator.device)
+
+    @torch.no_grad()
+    def with_states(self, condition: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The condition with the states of its text, computed once for both."""
+        if self.text_encoder is None or "input_ids" not in condition:
+            return condition
+        rest = dict(condition)
+        states = self.text_encoder(rest.pop("input_ids"), attention_mask=rest.pop("attention_mask"))[0]
+        return {**rest, "encoder_hidden_states": states}
+
+
+class FeatureTeacher(Teacher):
+    """Teaches what it says of a noisy picture, and what its blocks give on the way."""
+
+    def __init__(self, config: TrainConfig, networks: Networks, accelerator: Accelerator):
+        self.config = config.distillation
+        super().__init__(str(self.config.teacher), config, networks, accelerator)
+        self.own = BlockOutputs(self.denoiser.transformer)
+        self.students = BlockOutputs(networks.denoiser.transformer)
 
     def losses(self, model: nn.Module, example: Example) -> torch.Tensor:
         """The losses [B] of the student's `model`: to the data, to the teacher's output, and to that of its blocks."""
-        noised, condition, weights = example.noised, self._with_states(example.condition), self.config
+        noised, condition, weights = example.noised, self.with_states(example.condition), self.config
         with self.students.listening() as learned:
             prediction = model(noised.inputs, noised.timestep, **condition)
         with torch.no_grad(), self.own.listening() as taught:
@@ -75,15 +89,6 @@ class Teacher:
             return losses
         errors = [relative_error(mine, theirs) for mine, theirs in zip(learned, taught, strict=True)]
         return losses + weights.feature_weight * torch.stack(errors).mean(dim=0)
-
-    @torch.no_grad()
-    def _with_states(self, condition: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The condition with the states of its text, computed once for both."""
-        if self.text_encoder is None or "input_ids" not in condition:
-            return condition
-        rest = dict(condition)
-        states = self.text_encoder(rest.pop("input_ids"), attention_mask=rest.pop("attention_mask"))[0]
-        return {**rest, "encoder_hidden_states": states}
 
 
 def relative_error(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -105,6 +110,6 @@ def load_teacher(source: str) -> LocalDiTTransformer2DModel:
         return LocalDiTTransformer2DModel.from_pretrained(source, subfolder="transformer", dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"distillation.teacher={source!r} cannot be loaded ({str(error).splitlines()[0]}); name the folder or Hub "
+            f"The teacher {source!r} cannot be loaded ({str(error).splitlines()[0]}); name the folder or Hub "
             "id of a LocalDiT's or a PixArt's pipeline."
         ) from error

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from config import TrainConfig
 from train.components import Networks
 from train.frozen import encode_pixels
-from train.objective import Noised, Objective
+from train.objective import Noised, Objective, flow_sigmas
 from train.stopwatch import Stopwatch
 
 
@@ -37,7 +37,10 @@ class BatchEncoder:
         self.networks = networks
         self.accelerator = accelerator
         self.watch = watch
-        self.objective = Objective(config.objective)
+        sigmas = None
+        if config.few_step.teacher is not None:
+            sigmas = flow_sigmas(config.objective, config.few_step.steps)[:-1]
+        self.objective = Objective(config.objective, sigmas)
 
     def __call__(self, batch: dict, micro_step: int) -> Example:
         """Encode a batch of "image" [B, C, H, W] in [-1, 1] and, as the model asks, "caption" or "label".

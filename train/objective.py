@@ -1,6 +1,7 @@
 """The objective: what the network sees, what it should say, and how its error is weighed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -35,11 +36,15 @@ class Noised:
 class Objective:
     """Draws timesteps and noise and says what the network should predict.
 
+    Args:
+        sigmas: with "flow", the shares of noise to draw among, alike, in the place of the density.
+
     Raises:
         ValueError: where the prediction type or the weighting does not belong to the process.
     """
 
-    def __init__(self, config: ObjectiveConfig):
+    def __init__(self, config: ObjectiveConfig, sigmas: torch.Tensor | None = None):
+        self.sigmas = sigmas
         allowed = PREDICTIONS[config.process]
         if config.prediction_type not in allowed:
             raise ValueError(
@@ -88,6 +93,9 @@ class Objective:
     def _draw_sigma(self, clean: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """The share of noise s in (0, 1) of each picture, [B]."""
         config = self.config
+        if self.sigmas is not None:
+            places = [torch.randint(len(self.sigmas), (1,), generator=generator) for generator in generators]
+            return self.sigmas[torch.cat(places)].to(clean)
         drawn = [
             compute_density_for_timestep_sampling(
                 config.timestep_density,
@@ -140,14 +148,31 @@ class Objective:
         return self._picture_weight(snr) * ratio
 
 
-def sampling_scheduler(config: ObjectiveConfig) -> SchedulerMixin:
-    """The sampler that fits the training: what it calls `prediction_type` is what the network learned."""
-    if config.process == "flow" and config.prediction_type == "flow_prediction":
+def flow_sigmas(config: ObjectiveConfig, steps: int) -> torch.Tensor:
+    """The shares of noise that the first-order sampler goes through in so many steps, from nearly 1 to 0, [steps + 1].
+
+    Raises:
+        ValueError: where the process is not "flow".
+    """
+    if config.process != "flow":
+        raise ValueError(f"few_step needs objective.process='flow', not {config.process!r}.")
+    scheduler: Any = sampling_scheduler(config, first_order=True)
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.float()
+
+
+def sampling_scheduler(config: ObjectiveConfig, first_order: bool = False) -> SchedulerMixin:
+    """The sampler that fits the training: what it calls `prediction_type` is what the network learned.
+
+    With `first_order` it goes straight to what is predicted, which a network of few steps was taught for.
+    """
+    if config.process == "flow" and config.prediction_type == "flow_prediction" and not first_order:
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS, shift=config.flow_shift)
     return DPMSolverMultistepScheduler(
         num_train_timesteps=TRAIN_TIMESTEPS,
         beta_schedule="linear",
         prediction_type=config.prediction_type,
         use_flow_sigmas=config.process == "flow",
+        solver_order=1 if first_order else 2,
         flow_shift=config.flow_shift,
     )

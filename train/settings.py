@@ -126,6 +126,13 @@ def check_run(config: TrainConfig) -> None:
             "mixers turns the transformer of a pretrained pipeline into one with other mixers; set mixers.token_mixers "
             "and pretrained, or for a new transformer model.token_mixers."
         )
+    if config.few_step.teacher_steps % config.few_step.steps:
+        raise ValueError(
+            f"few_step.teacher_steps={config.few_step.teacher_steps} is no multiple of few_step.steps="
+            f"{config.few_step.steps}; let each step of the student stand for as many of the teacher's."
+        )
+    if config.few_step.teacher is not None and config.distillation.teacher is not None:
+        raise ValueError("few_step.teacher and distillation.teacher are both set; learn from one at a time.")
     if len(config.optimizer.post_hoc_ema) == 1 or (config.optimizer.post_hoc_ema and config.lora.rank):
         raise ValueError(
             f"optimizer.post_hoc_ema={list(config.optimizer.post_hoc_ema)} needs at least two widths, and the whole "

@@ -23,8 +23,9 @@ from train.adapters import add_lora, check_lora, save_lora
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from train.components import build_networks, check_networks, check_samples, condition_of, model_settings
 from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
-from train.distillation import Teacher
+from train.distillation import FeatureTeacher
 from train.encoding import BatchEncoder, Example
+from train.few_steps import FewStepTeacher
 from train.hub import BackgroundPush
 from train.optimizers import (
     build_optimizers,
@@ -77,8 +78,7 @@ class Trainer:
             check_precomputed(config)
         check_samples(self.networks.pipeline(config, complete=False), config.sample)
         self.denoiser = self.networks.denoiser
-        distills = config.distillation.teacher is not None
-        self.teacher = Teacher(config, self.networks, self.accelerator) if distills else None
+        self.teacher = self._find_teacher()
         if self.networks.vae is not None and self.networks.reload is None:
             self.networks.vae.to(self.accelerator.device)
         if config.compile:
@@ -123,6 +123,15 @@ class Trainer:
             world_size=self.accelerator.num_processes,
         )
         return build_loader(sampler, config.data.num_workers, leave_signals_to_the_trainer)
+
+    def _find_teacher(self) -> FeatureTeacher | FewStepTeacher | None:
+        """The teacher that the config names, if any."""
+        config = self.config
+        if config.distillation.teacher is not None:
+            return FeatureTeacher(config, self.networks, self.accelerator)
+        if config.few_step.teacher is not None:
+            return FewStepTeacher(config, self.networks, self.accelerator, self.source.empty_text)
+        return None
 
     def _find_start(self) -> Path | None:
         """The checkpoint to go on from, or None; the main process looks for it, and all hear the same.
