@@ -120,7 +120,9 @@ def test_a_pipeline_is_tuned_on_precomputed_data_without_loading_its_frozen_netw
     Trainer(replace(frozen_run, max_steps=1, sample_every=10)).train()
     text = replace(frozen_run.text_encoder, pretrained=None)
     tune = replace(frozen_run, pretrained=str(tmp_path / "run" / "pipeline"), vae=None, text_encoder=text)
+    tune = replace(tune, text_encoder=replace(text, max_sequence_length=7))  # the pipeline's own, 16, counts
     precompute(job(tune, tmp_path / "ready"))
+    assert json.loads((tmp_path / "ready" / "manifest.json").read_text())["networks"]["max_sequence_length"] == 16
     trainer = Trainer(replace(cached(tune, tmp_path / "ready"), output_dir=str(tmp_path / "tuned"), max_steps=1))
     assert trainer.denoiser.text_encoder is None
     trainer.train()
@@ -134,11 +136,16 @@ def test_what_was_cut_short_goes_on_and_writes_the_same(tmp_path, frozen_run):
     assert [shard["pictures"] for shard in json.loads(whole["manifest.json"])["shards"]] == [6, 6, 4]
     (folder / "manifest.json").unlink()
     (folder / "shard-000001.safetensors").unlink()
+    (folder / "empty_caption.safetensors").unlink()
     with pytest.raises(ValueError, match="let python -m train.precompute finish"):
         build_dataset(cached(frozen_run, folder).data, 0, "caption")
     kept = (folder / "shard-000000.safetensors").stat().st_mtime_ns
     precompute(job(frozen_run, folder))
     assert (folder / "shard-000000.safetensors").stat().st_mtime_ns == kept
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    for name in ("manifest.json", "empty_caption.safetensors"):  # killed after the last shard
+        (folder / name).unlink()
+    precompute(job(frozen_run, folder))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
@@ -197,6 +204,8 @@ def test_what_does_not_go_together_is_one_sentence(tmp_path, frozen_run):
         precompute(job(frozen_run, folder, dtype="float16"))
     with pytest.raises(ValueError, match="set pictures to how many"):
         precompute(job(frozen_run, tmp_path / "endless", pictures=None))
+    with pytest.raises(ValueError, match="cannot be precomputed together"):
+        precompute(job(replace(frozen_run, data=DataConfig(recoloured=0.2)), tmp_path / "recoloured"))
     own_text = replace(frozen_run, text_encoder=replace(frozen_run.text_encoder, pretrained=None, frozen=False))
     with pytest.raises(ValueError, match="text_encoder.frozen"):
         precompute(job(own_text, tmp_path / "own"))

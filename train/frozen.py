@@ -91,6 +91,9 @@ def on_disk(config: TrainConfig) -> TrainConfig:
         pipeline = local_folder(config.pretrained)
         vae = str(pipeline / "vae") if (pipeline / "vae").is_dir() else None
         text = replace(text, pretrained=str(pipeline))
+        if (pipeline / "tokenizer").is_dir():  # a pipeline's texts are as long as its own tokenizer makes them
+            own = AutoTokenizer.from_pretrained(pipeline / "tokenizer")
+            text = replace(text, max_sequence_length=own.model_max_length)
     elif vae is not None:
         vae = str(local_folder(vae))
     if config.pretrained is not None or config.model.caption_channels is not None:

@@ -72,6 +72,11 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     """
     check_ranges(config)
     check_output_dir(config.output_dir)
+    if config.run.mixture or config.run.stages or config.run.data.recoloured:
+        raise ValueError(
+            "run.mixture, run.stages and run.data.recoloured cannot be precomputed together; precompute each source by "
+            "itself, in one size, with recoloured at 0."
+        )
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision)
     condition = condition_of(model_settings(config.run))
     source = build_dataset(config.run.data, config.run.seed, condition)
@@ -98,13 +103,15 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     accelerator.wait_for_everyone()
     mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
     missing = [number for number in mine if not (folder / file_name(number)).is_file()]
-    if missing:
+    # the empty caption counts as missing too, or a run killed after the last shard would never get it
+    needs_empty = condition == "caption" and accelerator.is_main_process and not (folder / EMPTY_CAPTION).is_file()
+    if missing or needs_empty:
         encode = Encoder(config, accelerator, needs_text=condition == "caption")
         unreadable = UnreadablePictures(folder, config.run.data.max_unreadable)
         progress = tqdm(missing, unit="shard", dynamic_ncols=True, disable=not accelerator.is_local_main_process)
         for number in progress:
             write_shard(folder / file_name(number), source, batches[number][1], config, encode, unreadable)
-        if accelerator.is_main_process and encode.text_encoder is not None:
+        if needs_empty:
             write(folder / EMPTY_CAPTION, {"text": encode.text([""])[0]}, {})
     accelerator.wait_for_everyone()
     manifest["shards"] = list(described(folder, [bucket for bucket, _ in batches]))
