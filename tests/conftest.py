@@ -127,3 +127,14 @@ def picture_folder(tmp_path):
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
             (folder / name / f"{number}.txt").write_text(f"A {name}, number {number}.")
     return folder
+
+
+@pytest.fixture
+def mixed_folder(tmp_path):
+    """Twenty pictures of three shapes, of which one is too tall for any bucket but the tallest."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for index in range(20):
+        size = ((96, 96), (144, 64), (64, 144))[index % 3] if index else (20, 200)
+        Image.new("RGB", size, (10 * index, 0, 0)).save(folder / f"{index:02d}.png")
+    return folder

@@ -150,17 +150,6 @@ def test_a_folder_of_no_readable_picture_is_refused(picture_folder):
         items(folder_source(picture_folder, "caption"), range(1))
 
 
-@pytest.fixture
-def mixed_folder(tmp_path):
-    """Twenty pictures of three shapes, of which one is too tall for any bucket but the tallest."""
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for index in range(20):
-        size = ((96, 96), (144, 64), (64, 144))[index % 3] if index else (20, 200)
-        Image.new("RGB", size, (10 * index, 0, 0)).save(folder / f"{index:02d}.png")
-    return folder
-
-
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (2, 2), (3, 2)])
 def test_buckets_give_every_step_one_size_and_every_epoch_every_picture(mixed_folder, batch_size, world_size):
     data = folder_source(mixed_folder, None, bucket_multiple=8)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from config import DataConfig, StageConfig, TrainConfig
 from tests.training import tiny_config
@@ -17,17 +16,6 @@ from train.dry_run import dry_run
 from train.mixture import BLOCK, MixedSource
 from train.stages import build_source
 from train.trainer import Trainer
-
-
-@pytest.fixture
-def mixed_folder(tmp_path):
-    """Twenty pictures of three shapes, of which one is too tall for any bucket but the tallest."""
-    folder = tmp_path / "mixed"
-    folder.mkdir()
-    for index in range(20):
-        size = ((96, 96), (144, 64), (64, 144))[index % 3] if index else (20, 200)
-        Image.new("RGB", size, (10 * index, 0, 0)).save(folder / f"{index:02d}.png")
-    return folder
 
 
 def test_pictures_grow_by_stages_and_a_resumed_run_is_at_its_own(mixed_folder, tmp_path):
