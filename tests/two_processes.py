@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from torch.distributed.tensor import DTensor
 
 from config import DataConfig, TrainConfig
 from tests.training import tiny_config
@@ -36,7 +37,9 @@ def digest(trainer: Trainer) -> str:
     states = [state for optimizer in trainer.optimizers for state in optimizer.state.values()]
     moments = [value for state in states for value in state.values()]
     for tensor in [*trainer.parameters, *trainer.ema.shadow_params, *moments]:
-        whole.update(torch.as_tensor(tensor).detach().numpy().tobytes())
+        tensor = torch.as_tensor(tensor).detach()
+        tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        whole.update(tensor.numpy().tobytes())
     return whole.hexdigest()
 
 

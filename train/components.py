@@ -96,6 +96,8 @@ class Denoiser(nn.Module):
             class_labels=class_labels,
             return_dict=False,
         )[0]
+        if prediction.shape[1] == inputs.shape[1]:
+            return prediction
         return prediction[:, : inputs.shape[1]]  # the rest of a PixArt's output is a variance, which stays untrained
 
     def train(self, mode: bool = True) -> "Denoiser":

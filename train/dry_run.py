@@ -12,6 +12,7 @@ from train.buckets import BucketSource
 from train.data import Source
 from train.mixture import MixedSource
 from train.settings import as_plain
+from train.sharding import held
 from train.stages import StagedSource
 from train.trainer import Trainer
 
@@ -32,7 +33,8 @@ def sizes(trainer: Trainer) -> dict[str, str]:
     trained = sum(parameter.numel() for parameter in trainer.parameters)
     modules = [trainer.denoiser, trainer.networks.vae]
     parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
-    total = sum(parameter.numel() for parameter in parameters if not parameter.is_meta)  # else it is not in memory
+    parameters = [parameter for parameter in parameters if not parameter.is_meta]  # else it is not in memory
+    total = sum(parameter.numel() for parameter in parameters)
     by_muon = sum(
         parameter.numel()
         for optimizer in trainer.optimizers
@@ -40,7 +42,8 @@ def sizes(trainer: Trainer) -> dict[str, str]:
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
-    numbers = total + trained + 2 * trained - by_muon + (trained if trainer.ema is not None else 0)
+    own = sum(map(held, trainer.parameters))  # all of them, unless they are sharded
+    numbers = sum(map(held, parameters)) + own + 2 * own - by_muon + (own if trainer.ema is not None else 0)
     return {
         "parameters": f"{total / 1e6:.2f}M, of which {trained / 1e6:.2f}M are trained",
         "memory for them": f"{4 * numbers / GIB:.2f} GiB (weights, gradients, optimizer, average)",

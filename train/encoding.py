@@ -10,6 +10,7 @@ from config import TrainConfig
 from train.components import Networks
 from train.frozen import encode_pixels
 from train.objective import Noised, Objective, flow_sigmas
+from train.sharding import autocast
 from train.stopwatch import Stopwatch
 
 
@@ -71,7 +72,7 @@ class BatchEncoder:
         pixels, vae = pixels.to(self.accelerator.device), self.networks.vae
         if vae is None:
             return pixels
-        with self.watch("vae"), self.accelerator.autocast():
+        with self.watch("vae"), autocast(self.accelerator, self.config):
             return encode_pixels(vae, pixels)
 
     def source(self, batch: dict, clean: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor | None:

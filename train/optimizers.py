@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from diffusers.optimization import get_scheduler
 from torch import nn
 
@@ -100,6 +101,8 @@ def step_if_finite(optimizer: AcceleratedOptimizer, finite: torch.Tensor) -> Non
 
     The fused AdamW reads it there; for others the host waits for it. With fp16 accelerate's scaler looks by itself.
     """
+    if isinstance(optimizer, DeepSpeedOptimizerWrapper):
+        return  # it updated them, or not, at the end of the backward pass
     inner = optimizer.optimizer
     if optimizer.scaler is not None:
         optimizer.step()

@@ -17,6 +17,7 @@ from torch import nn
 
 from localdit.command_line import Parser, counting_number, run
 from train.settings import check_output_dir
+from train.sharding import fill, whole
 
 FOLDER = "post_hoc_ema"
 WIDEST = 0.28  # the mean of all steps has the width 1 / sqrt(12)
@@ -46,18 +47,24 @@ class PowerAverages:
             torch._foreach_lerp_(list(average.values()), [value.detach() for value in self.parameters.values()], new)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "averages": self.averages}
+        averages = [{name: whole(value) for name, value in average.items()} for average in self.averages]
+        return {"steps": self.steps, "averages": averages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         for average, saved in zip(self.averages, state["averages"], strict=True):
             for name, value in average.items():
-                value.copy_(saved[name])
+                fill(value, saved[name])
 
-    def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write every average to a file of its own, which has its name when it is whole."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for width, average in zip(self.widths, self.averages, strict=True):
+    def save(self, folder: Path, dtype: torch.dtype, writes: bool = True) -> None:
+        """Write every average to a file of its own, which has its name when it is whole.
+
+        All processes call this together, and one of them `writes`.
+        """
+        for width, average in zip(self.widths, self.state_dict()["averages"], strict=True):
+            if not writes:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"step-{self.steps:08d}-width-{width:g}.safetensors"
             draft = path.with_suffix(".draft")
             tensors = {name: value.to(dtype).contiguous() for name, value in average.items()}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
@@ -21,7 +20,7 @@ from config import TrainConfig
 from train.adapters import FOLDER as LORA_FOLDER
 from train.adapters import add_lora, check_lora, save_lora
 from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from train.components import build_networks, check_networks, check_samples, condition_of, model_settings
+from train.components import Networks, build_networks, check_networks, check_samples, condition_of, model_settings
 from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
 from train.distillation import FeatureTeacher
 from train.encoding import BatchEncoder, Example
@@ -41,6 +40,7 @@ from train.precomputed import check_precomputed
 from train.run_log import RunLog, StepRecord
 from train.run_plot import plot
 from train.settings import as_plain, check_run, save_settings
+from train.sharding import SavedAverage, WholeNetworks, autocast, build_accelerator, prepare, whole
 from train.spikes import SpikeWatch
 from train.stages import build_source
 from train.stopping import Stopped, StopSignals
@@ -59,12 +59,7 @@ class Trainer:
         check_lora(config)
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=list(config.report_to) or None,
-            project_dir=str(self.output_dir),
-        )
+        self.accelerator = build_accelerator(config)
         resume = self._find_start()
         self.source = source = build_source(config, condition_of(model_settings(config)))
         set_seed(config.seed)
@@ -78,6 +73,7 @@ class Trainer:
             check_precomputed(config)
         check_samples(self.networks.pipeline(config, complete=False), config.sample)
         self.denoiser = self.networks.denoiser
+        self.whole = WholeNetworks(self.accelerator, self.networks) if self.accelerator.is_fsdp2 else None
         self.teacher = self._find_teacher()
         if self.networks.vae is not None and self.networks.reload is None:
             self.networks.vae.to(self.accelerator.device)
@@ -85,17 +81,16 @@ class Trainer:
             # torch's own note on layer norms under autocast, which nothing here can change
             warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             self.denoiser.transformer.compile_repeated_blocks()
-        self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
-        self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         optimizers = build_optimizers(self.denoiser, config.optimizer)
         check_averages(optimizers, config.optimizer)
         schedules = build_schedules(optimizers, config.optimizer, config.max_steps, self.accelerator.num_processes)
-        self.model = self.accelerator.prepare(self.denoiser)
-        self.optimizers = [self.accelerator.prepare(optimizer) for optimizer in optimizers]
-        self.schedules = [self.accelerator.prepare(schedule) for schedule in schedules]
+        self.model, self.optimizers, self.schedules = prepare(
+            self.accelerator, config, self.denoiser, optimizers, schedules
+        )
+        self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         if self.ema is not None:
-            self.ema.to(self.accelerator.device)
-            self.accelerator.register_for_checkpointing(self.ema)
+            self.accelerator.register_for_checkpointing(SavedAverage(self.ema))
         if config.optimizer.post_hoc_ema:
             named = {name: value for name, value in self.denoiser.named_parameters() if value.requires_grad}
             self.power_averages = PowerAverages(named, config.optimizer.post_hoc_ema)
@@ -255,23 +250,26 @@ class Trainer:
             "skipped_steps": self.log.skipped,
         }
         save_checkpoint(self.accelerator, self.output_dir / "checkpoints", self.config.keep_checkpoints, state)
-        if self.accelerator.is_main_process:
-            if self.config.optimizer.post_hoc_ema:
-                dtype = getattr(torch, self.config.save_dtype)
-                self.power_averages.save(self.output_dir / POST_HOC_EMA, dtype)
+        is_main = self.accelerator.is_main_process
+        if self.config.optimizer.post_hoc_ema:
+            dtype = getattr(torch, self.config.save_dtype)
+            self.power_averages.save(self.output_dir / POST_HOC_EMA, dtype, writes=is_main)
+        if is_main:
             plot(self.output_dir)
+        if self.config.hub_repo_id is not None:
             self._push(self.state["step"])
 
     def train_step(self, step: int, batches: Iterator[dict]) -> StepRecord:
         """Take the micro-steps of one step, and update the weights unless their gradient is no number."""
-        accumulation, record = self.config.gradient_accumulation_steps, StepRecord()
+        config, record = self.config, StepRecord()
+        accumulation = config.gradient_accumulation_steps
         for micro_step in range(step * accumulation, (step + 1) * accumulation):
             with self.watch("data", waits=True):
                 batch = next(batches)
             with self.accelerator.accumulate(self.model):
                 example = self.encode(batch, micro_step)
                 with self.watch("model"):
-                    with self.accelerator.autocast():
+                    with autocast(self.accelerator, config):
                         losses = self._losses(example)
                     self.accelerator.backward(losses.mean())
                     if self.accelerator.sync_gradients:
@@ -292,7 +290,7 @@ class Trainer:
     def _update(self, record: StepRecord) -> None:
         """Clip the gradients and step, unless they are no numbers; the schedule goes on in any case."""
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-        record.grad_norm = torch.as_tensor(norm, device=self.accelerator.device)
+        record.grad_norm = whole(torch.as_tensor(norm, device=self.accelerator.device))
         if self.accelerator.scaler is None:  # with fp16 some are infinite by design, until its scale has come down
             record.finite = torch.isfinite(record.grad_norm)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
@@ -319,6 +317,22 @@ class Trainer:
                 for parameter, values in zip(self.parameters, kept, strict=True):
                     parameter.copy_(values)
 
+    @contextmanager
+    def averaged_networks(self) -> Iterator[Networks | None]:
+        """The networks with the averaged weights, whole, in the main process, and None in others.
+
+        All processes go in together; inside, the main process is on its own.
+        """
+        if self.whole is not None:
+            with self.averaged_weights():
+                gathered = self.whole.gather(self.model)
+            yield gathered
+        elif self.accelerator.is_main_process:
+            with self.averaged_weights():
+                yield self.networks
+        else:
+            yield None
+
     def _let_optimizers(self, mode: Literal["train", "eval"]) -> None:
         """Tell the optimizers that have modes, as schedule-free ones do, to show the weights of one."""
         for optimizer in self.optimizers:
@@ -329,12 +343,14 @@ class Trainer:
     def _draw_samples(self, step: int, stop: StopSignals) -> None:
         sample = self.config.sample
         has_text = self.networks.tokenizer is not None
-        if not self.accelerator.is_main_process or (has_text and not sample.prompts):
+        if has_text and not sample.prompts:
             return
         # eager, because compiling again for another batch size takes longer than a few pictures
-        with self.averaged_weights(), torch.compiler.set_stance("force_eager"):
-            self.denoiser.eval()
-            pipeline = self.networks.pipeline(self.config).to(self.accelerator.device)
+        with self.averaged_networks() as networks, torch.compiler.set_stance("force_eager"):
+            if networks is None:
+                return
+            networks.denoiser.eval()
+            pipeline = networks.pipeline(self.config).to(self.accelerator.device)
             pipeline.set_progress_bar_config(disable=True)
             rows = sample.prompts if has_text else list(range(self.denoiser.transformer.config.num_classes or 1))
             cells = [row for row in rows for _ in range(sample.num_images)]
@@ -349,7 +365,7 @@ class Trainer:
             else:
                 arguments["batch_size"] = len(cells)
             images = pipeline(**arguments).images
-            self.denoiser.train()
+            networks.denoiser.train()
         if stop.noted:
             return
         folder = self.output_dir / "samples"
@@ -358,19 +374,19 @@ class Trainer:
 
     def save_pipeline(self) -> None:
         """Write the averaged weights as a pipeline to `output_dir/pipeline`, or as adapters to `output_dir/lora`."""
-        if not self.accelerator.is_main_process:
-            return
-        if self.config.lora.rank:
-            with self.averaged_weights():
+        with self.averaged_networks() as networks:
+            if networks is None:
+                return
+            if self.config.lora.rank:
                 dtype = getattr(torch, self.config.save_dtype)
-                save_lora(self.denoiser.transformer, self.output_dir / LORA_FOLDER, dtype)
-            return
-        self._averaged_pipeline().save_pretrained(self.output_dir / "pipeline")
+                save_lora(networks.denoiser.transformer, self.output_dir / LORA_FOLDER, dtype)
+                return
+            pipeline = self._copied_pipeline(networks)
+        pipeline.save_pretrained(self.output_dir / "pipeline")
 
-    def _averaged_pipeline(self) -> DiffusionPipeline:
-        """A pipeline of copies, with the averaged weights in the precision to save."""
-        with self.averaged_weights():
-            networks = deepcopy(self.networks)
+    def _copied_pipeline(self, networks: Networks) -> DiffusionPipeline:
+        """A pipeline of copies of the networks, in the precision to save."""
+        networks = deepcopy(networks)
         pipeline = networks.pipeline(self.config)
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):  # nn.Module's own, as diffusers' warns of modules to keep in fp32
@@ -379,6 +395,8 @@ class Trainer:
 
     def _push(self, step: int) -> None:
         """Start to push the averaged weights, unless the last push is still under way."""
-        if self.push is None or (self.push.busy and step < self.config.max_steps):
-            return
-        self.push.start(self._averaged_pipeline(), f"Step {step} of {self.config.max_steps}")
+        with self.averaged_networks() as networks:
+            if networks is None or self.push is None or (self.push.busy and step < self.config.max_steps):
+                return
+            pipeline = self._copied_pipeline(networks)
+        self.push.start(pipeline, f"Step {step} of {self.config.max_steps}")

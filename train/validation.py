@@ -10,6 +10,7 @@ from config import TrainConfig
 from train.data import Source
 from train.encoding import BatchEncoder
 from train.run_log import loss_by_timestep
+from train.sharding import autocast
 from train.stopping import StopSignals
 
 FIRST_MICRO_STEP = 2**40  # beyond any of training, so that the noise is not the one that was learned from
@@ -33,7 +34,7 @@ class Validation:
             if stop.agreed():
                 break
             example = self.encode(self._batch(index), FIRST_MICRO_STEP + index)
-            with self.accelerator.autocast():
+            with autocast(self.accelerator, self.config):
                 prediction = model(example.noised.inputs, example.noised.timestep, **example.condition)
             losses.append(example.noised.losses(prediction))
             timesteps.append(example.noised.timestep)
