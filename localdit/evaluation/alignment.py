@@ -1,0 +1,115 @@
+"""How well pictures fit their prompts, by a model of pictures and texts (CLIP, SigLIP, ALIGN)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from localdit.command_line import Parser, best_device, counting_number
+from localdit.evaluation.extractors import TransformersExtractor, pooled
+from localdit.evaluation.features import about
+from localdit.evaluation.generation import read_generation
+from localdit.evaluation.images import list_images, read_rgb
+from localdit.evaluation.intervals import mean_interval
+from localdit.evaluation.scores import FILE, append_scores, versions
+
+PROMPTS = "prompts.jsonl"  # in a folder of pictures: {"file": ..., "prompt": ...} a line
+
+
+class AlignmentModel(TransformersExtractor):
+    """An image encoder with the text encoder that it was trained with.
+
+    Raises:
+        ValueError: where there is no text encoder.
+    """
+
+    def __init__(self, source: str, device: str = "cpu"):
+        from transformers import AutoTokenizer
+
+        super().__init__(source, device)
+        if not hasattr(self.model, "get_text_features"):
+            raise ValueError(f"{source!r} is a {self.family} without a text encoder; give a CLIP, SigLIP or ALIGN.")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        # SigLIP has learned from texts filled up to its full length, the others read their own length
+        self.padding = "max_length" if self.family.startswith("siglip") else True
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str]) -> torch.Tensor:
+        """Embeddings of prompts, [B, D]."""
+        length = self.model.config.text_config.max_position_embeddings
+        inputs = self.tokenizer(
+            prompts, padding=self.padding, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.device)
+        return pooled(self.model.get_text_features(**inputs))
+
+    def cosines(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        """The cosine of each picture's embedding with that of its prompt, [B] in [-1, 1]."""
+        seen, read = self(images).features.double(), self.texts(prompts).double()
+        return ((seen * read).sum(1) / seen.norm(dim=1) / read.norm(dim=1)).cpu()
+
+
+def read_pairs(folder: str | Path) -> list[tuple[Path, str]]:
+    """The pictures of a folder with their prompts, of its prompts.jsonl, or of a .txt beside each picture.
+
+    Raises:
+        ValueError: where a picture has none.
+    """
+    folder = Path(folder)
+    images, listed = list_images(folder), {}
+    if (folder / PROMPTS).is_file():
+        for number, line in enumerate((folder / PROMPTS).read_text().splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                listed[folder / entry["file"]] = str(entry["prompt"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{folder / PROMPTS} has no {{"file": ..., "prompt": ...}} in line {number} ({error}); mend it.'
+                ) from error
+    for path in images:
+        if path not in listed and path.with_suffix(".txt").is_file():
+            listed[path] = path.with_suffix(".txt").read_text().strip()
+    if bare := [path.name for path in images if path not in listed]:
+        raise ValueError(
+            f"{len(bare)} pictures of {str(folder)!r} have no prompt ({', '.join(bare[:3])}); put a .txt beside each, "
+            f"or list them in {PROMPTS}."
+        )
+    return [(path, listed[path]) for path in images]
+
+
+def score_alignment(folder: str | Path, model: AlignmentModel, batch_size: int = 32) -> dict[str, Any]:
+    """The mean cosine x 100 of the pictures of a folder and their prompts, as CLIPScore (arXiv 2104.08718) without 2.5.
+
+    Returns:
+        "metric" ("clip_score", "siglip_score", ...), "value", "interval", "extractor", "generated".
+    """
+    pairs = read_pairs(folder)
+    batches = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
+    cosines = [model.cosines([read_rgb(path) for path, _ in batch], [text for _, text in batch]) for batch in batches]
+    values = 100 * torch.cat(cosines).double().numpy()
+    formats = sorted({path.suffix.lower().lstrip(".") for path, _ in pairs})
+    return {
+        "metric": f"{model.family}_score",
+        "value": float(np.mean(values)),
+        "interval": mean_interval(values),
+        "extractor": about(model),
+        "generated": {"source": str(folder), "count": len(pairs), "formats": formats, "size": None},
+    }
+
+
+def main(arguments: list[str]) -> None:
+    parser = Parser(prog="python -m localdit.evaluation align", description=__doc__)
+    parser.add_argument("folder", help=f"of pictures, with {PROMPTS} or a .txt beside each")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a CLIP, SigLIP or ALIGN")
+    parser.add_argument("--output", help=f"by default {FILE} beside the folder; a line is added")
+    parser.add_argument("--batch_size", type=counting_number, default=32)
+    parser.add_argument("--device", default=best_device())
+    options = parser.parse_args(arguments)
+    record = score_alignment(options.folder, AlignmentModel(options.model, options.device), options.batch_size)
+    record |= {"versions": versions(), "real": None, "generation": read_generation(options.folder)}
+    output = options.output or Path(options.folder).resolve().parent / FILE
+    append_scores(output, [record])
+    print(json.dumps({name: record[name] for name in ("metric", "value", "interval")}))
+    print(output)

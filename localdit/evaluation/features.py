@@ -1,0 +1,129 @@
+"""The features of a set of pictures, computed once, with all that a score has to tell of them."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from localdit.evaluation.extractors import FeatureExtractor
+from localdit.evaluation.images import list_images, read_sized, to_images
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an extractor makes of pictures.
+
+    Args:
+        values: [N, D].
+        logits: of classes, [N, K], from extractors that know some.
+        extractor: its name, family, sha256, dimension and preprocessing.
+        pictures: their source, count, formats, and the size that they were brought to (None: their own).
+    """
+
+    values: np.ndarray
+    logits: np.ndarray | None
+    extractor: dict[str, Any]
+    pictures: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write them to a .safetensors file, under its name when it is whole."""
+        arrays = {"values": self.values} | ({"logits": self.logits} if self.logits is not None else {})
+        draft = Path(path).with_suffix(".draft")
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        told = {"extractor": json.dumps(self.extractor), "pictures": json.dumps(self.pictures)}
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, draft, told)
+        draft.replace(path)
+
+
+def load_features(path: str | Path) -> Features:
+    """What `Features.save` wrote.
+
+    Raises:
+        ValueError: where the file is none of these.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            told = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            logits = file.get_tensor("logits") if "logits" in file.keys() else None  # noqa: SIM118, as it is no mapping
+            return Features(file.get_tensor("values"), logits, told["extractor"], told["pictures"])
+    except Exception as error:  # safetensors has errors of its own
+        raise ValueError(f"{str(path)!r} holds no features ({error}); make them by --save_reference.") from error
+
+
+def features_of_images(
+    images: np.ndarray | torch.Tensor | Iterable[Image.Image], extractor: FeatureExtractor, batch_size: int = 32
+) -> Features:
+    """Features of pictures in memory: PIL, uint8 [N, H, W, 3], or float in [0, 1] (tensors are [N, 3, H, W]).
+
+    Raises:
+        ValueError: where there is none, or a pixel is no number.
+    """
+    pictures = to_images(images) if isinstance(images, np.ndarray | torch.Tensor) else list(images)
+    if not pictures:
+        raise ValueError("There are no pictures; give at least one.")
+    extracted = [extractor(pictures[first : first + batch_size]) for first in range(0, len(pictures), batch_size)]
+    told = {"source": "memory", "count": len(pictures), "formats": [], "size": None}
+    return Features(*joined(extracted), about(extractor), told)
+
+
+def features_of_folder(
+    folder: str | Path, extractor: FeatureExtractor, batch_size: int = 32, size: int | None = None
+) -> Features:
+    """Features of the pictures in a folder, read once; several processes of accelerate each read a part.
+
+    Args:
+        size: pixels of the squares that pictures are cut and scaled to before; None wants all of one size.
+
+    Raises:
+        ValueError: where there is no picture, or one cannot be read, or they differ in size.
+    """
+    paths, state = list_images(folder), PartialState()
+    own = paths[state.process_index :: state.num_processes]
+    progress = tqdm(own, desc=f"{extractor.family} of {folder}", disable=None if state.is_main_process else True)
+    images, extracted = read_sized(list(progress), paths[0], size), []
+    batch: list[Image.Image] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == batch_size:
+            extracted.append(extractor(batch))
+            batch = []
+    if batch:
+        extracted.append(extractor(batch))
+    parts = [joined(extracted)] if state.num_processes == 1 else gather_object([joined(extracted)])
+    values, logits = (interleaved([part[index] for part in parts]) for index in (0, 1))
+    formats = sorted({path.suffix.lower().lstrip(".") for path in paths})
+    told = {"source": str(folder), "count": len(paths), "formats": formats, "size": size}
+    return Features(values, logits, about(extractor), told)
+
+
+def joined(extracted: list) -> tuple[np.ndarray, np.ndarray | None]:
+    """Batches of features and logits as one array of each."""
+    values = torch.cat([batch.features for batch in extracted]).float().cpu().numpy()
+    if extracted[0].logits is None:
+        return values, None
+    return values, torch.cat([batch.logits for batch in extracted]).float().cpu().numpy()
+
+
+def interleaved(parts: list) -> Any:
+    """The rows that processes took in turns, in their order again; None of None."""
+    if parts[0] is None:
+        return None
+    rows = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
+    for index, part in enumerate(parts):
+        rows[index :: len(parts)] = part
+    return rows
+
+
+def about(extractor: FeatureExtractor) -> dict[str, Any]:
+    names = ("name", "family", "sha256", "dimension", "preprocessing")
+    return {name: getattr(extractor, name) for name in names}

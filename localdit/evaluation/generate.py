@@ -1,0 +1,160 @@
+"""Pictures of prompts or classes by a pipeline, for scores: each from a seed of its own, with how they came about."""
+
+import inspect
+import json
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from localdit.command_line import DTYPES, Parser, best_device, check_device, counting_number, load_pipeline, seed_number
+from localdit.evaluation.generation import FILE
+from localdit.evaluation.prompt_sets import LAYOUTS, Entry, export, missing, read_prompts, write_whole
+from localdit.evaluation.scores import versions
+
+CALL = ("height", "width", "num_inference_steps", "guidance_scale")
+
+
+class Drawer:
+    """Draws with a pipeline, and counts pictures and seconds."""
+
+    def __init__(self, pipeline: DiffusionPipeline, options: Any):
+        self.pipeline = pipeline
+        self.seed, self.device = options.seed, options.device
+        self.chosen = {name: getattr(options, name) for name in CALL if getattr(options, name) is not None}
+        self.seconds, self.pictures = 0.0, 0
+
+    def __call__(self, places: list[int], **what: list) -> list[Image.Image]:
+        """Pictures of the prompts or class labels that `what` gives; their seeds are their places after the first."""
+        generators = [torch.Generator().manual_seed(self.seed + place) for place in places]
+        start = time.perf_counter()
+        images = self.pipeline(**what, generator=generators, **self.chosen).images
+        self.seconds += time.perf_counter() - start
+        self.pictures += len(images)
+        return images
+
+    def call_settings(self) -> dict[str, Any]:
+        """What a call uses: what was chosen, else the folder's own defaults, else the pipeline's."""
+        parameters = inspect.signature(self.pipeline.__call__).parameters
+        own = dict(self.pipeline.config.get("call_defaults", None) or {})
+        return {name: self.chosen.get(name, own.get(name, parameters[name].default)) for name in CALL}
+
+    def peak_bytes(self) -> int:
+        if torch.device(self.device).type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def pictures_of_prompts(
+    draw: Drawer, entries: list[Entry], per_prompt: int, batch_size: int
+) -> Iterator[list[Image.Image]]:
+    """The pictures of each prompt; a picture's seed depends on its prompt's place in the whole set."""
+    together = max(1, batch_size // per_prompt)
+    for start in range(0, len(entries), together):
+        batch = entries[start : start + together]
+        pairs = [(entry, number) for entry in batch for number in range(per_prompt)]
+        places = [entry.index * per_prompt + number for entry, number in pairs]
+        drawn = draw(places, prompt=[entry.prompt for entry, _ in pairs])
+        for first in range(0, len(drawn), per_prompt):
+            yield drawn[first : first + per_prompt]
+
+
+def draw_prompts(draw: Drawer, options: Any, state: PartialState) -> None:
+    """Draw what is missing of a set of prompts."""
+    entries = read_prompts(options.prompts, options.layout)
+    absent = missing(entries, options.output, options.layout, options.per_prompt)
+    own = absent[state.process_index :: state.num_processes]
+    export(own, pictures_of_prompts(draw, own, options.per_prompt, options.batch_size), options.output, options.layout)
+
+
+def draw_classes(draw: Drawer, options: Any, state: PartialState) -> None:
+    """Draw what is missing of `per_class` pictures of each class, named CLASS-NUMBER.png."""
+    classes = draw.pipeline.transformer.config.num_classes
+    if not classes:
+        raise ValueError(f"--model {options.model!r} knows no classes; give --prompts.")
+    whole = [(label, number) for label in range(classes) for number in range(options.per_class)]
+    names = [f"{label:04}-{number:05}.png" for label, number in whole]
+    absent = [place for place, name in enumerate(names) if not (Path(options.output) / name).is_file()]
+    own = absent[state.process_index :: state.num_processes]
+    for start in range(0, len(own), options.batch_size):
+        places = own[start : start + options.batch_size]
+        images = draw(places, class_labels=[whole[place][0] for place in places])
+        for place, image in zip(places, images, strict=True):
+            write_whole(Path(options.output), names[place], lambda draft, image=image: image.save(draft, format="PNG"))
+
+
+def settings_of(draw: Drawer, options: Any) -> dict[str, Any]:
+    """How the pictures come about; what must not differ between two parts of one folder."""
+    drawn = ("prompts", "layout", "per_prompt") if options.prompts else ("per_class",)
+    return {
+        "pipeline": options.model,
+        **{name: getattr(options, name) for name in (*drawn, "seed", "dtype")},
+        **draw.call_settings(),
+        "scheduler": type(draw.pipeline.scheduler).__name__,
+        "scheduler_config": {name: value for name, value in draw.pipeline.scheduler.config.items() if name[0] != "_"},
+        "versions": versions(),
+    }
+
+
+def check_same(path: Path, settings: dict[str, Any]) -> None:
+    """Raise a ValueError where a folder holds pictures of other settings."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text())
+    if differing := [name for name, value in settings.items() if before.get(name) != json.loads(json.dumps(value))]:
+        name = differing[0]
+        raise ValueError(
+            f"--output holds pictures of another run ({name}={before.get(name)!r}, and now {settings[name]!r}); choose "
+            "another folder."
+        )
+
+
+def parser() -> Parser:
+    parser = Parser(prog="python -m localdit.evaluation generate", description=__doc__)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompts", help="file, or folder, of prompts")
+    what.add_argument("--per_class", type=counting_number, help="pictures of each class")
+    parser.add_argument("--layout", choices=list(LAYOUTS), default="lines", help="of the prompts and of the pictures")
+    parser.add_argument("--per_prompt", type=counting_number, default=1)
+    parser.add_argument("--output", required=True, help="folder of the pictures; those that are there stay")
+    parser.add_argument("--height", type=counting_number)
+    parser.add_argument("--width", type=counting_number)
+    parser.add_argument("--num_inference_steps", type=counting_number, help="by default the model's")
+    parser.add_argument("--guidance_scale", type=float, help="by default the model's")
+    parser.add_argument("--seed", type=seed_number, default=0, help="of the first picture; the next count up")
+    parser.add_argument("--batch_size", type=counting_number, default=8)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
+    parser.add_argument("--device", default=best_device())
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    options = parser().parse_args(arguments)
+    state = PartialState(cpu=options.device == "cpu")
+    options.device = str(state.device) if state.num_processes > 1 else options.device
+    check_device(options.device, options.dtype)
+    draw = Drawer(load_pipeline(DiffusionPipeline, options.model, options.device, options.dtype), options)
+    draw.pipeline.set_progress_bar_config(disable=True)
+    path, settings = Path(options.output) / FILE, settings_of(draw, options)
+    check_same(path, settings)
+    if state.is_main_process and not path.is_file():
+        write_whole(path.parent, FILE, lambda draft: draft.write_text(json.dumps(settings)))
+    state.wait_for_everyone()
+    (draw_prompts if options.prompts else draw_classes)(draw, options, state)
+    spent = [(draw.seconds, draw.pictures, draw.peak_bytes())]
+    spent = gather_object(spent) if state.num_processes > 1 else spent
+    if not state.is_main_process or not sum(pictures for _, pictures, _ in spent):
+        return
+    seconds = sum(seconds for seconds, _, _ in spent) / sum(pictures for _, pictures, _ in spent)
+    measured = {"device": options.device, "seconds_per_image": seconds, "peak_memory_bytes": max(p for *_, p in spent)}
+    told = json.dumps({**settings, **measured}, indent=2) + "\n"
+    write_whole(path.parent, FILE, lambda draft: draft.write_text(told))
+    print(options.output)

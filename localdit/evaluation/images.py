@@ -1,0 +1,84 @@
+"""Pictures of a folder, read one by one in a fixed order."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+RESIZE = "PIL bicubic"  # which averages over all that a pixel covers
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The pictures in a folder and the folders in it, by name.
+
+    Raises:
+        ValueError: where there is no folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder; give one with pictures.")
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(f"{str(folder)!r} holds no picture; give a folder of {', '.join(sorted(SUFFIXES))} files.")
+    return found
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """A picture as RGB, turned the way its camera was held.
+
+    Raises:
+        ValueError: where it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+                raise ValueError("it has pixels that are no numbers")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as a picture ({error}); mend it or take it away.") from error
+
+
+def to_images(pictures: np.ndarray | torch.Tensor) -> list[Image.Image]:
+    """Arrays as pictures: uint8 [N, H, W, 3], or float in [0, 1], [N, H, W, 3] or as a tensor [N, 3, H, W].
+
+    Raises:
+        ValueError: where they are of another shape or range, or hold NaN.
+    """
+    if isinstance(pictures, torch.Tensor):
+        pictures = pictures.detach().cpu().permute(0, 2, 3, 1).float().numpy()
+    if pictures.ndim != 4 or pictures.shape[-1] != 3:
+        raise ValueError(f"Pictures of shape {list(pictures.shape)} are no [N, height, width, 3]; give colours.")
+    if pictures.dtype != np.uint8:
+        if bad := np.flatnonzero(~np.isfinite(pictures).all(axis=(1, 2, 3))).tolist():
+            raise ValueError(f"Pictures {bad[:5]} hold pixels that are no numbers; leave them out, or draw them again.")
+        if pictures.min() < 0 or pictures.max() > 1:
+            raise ValueError(f"Pixels reach from {pictures.min():.3g} to {pictures.max():.3g}; scale them to [0, 1].")
+        pictures = (pictures * 255).round().astype(np.uint8)
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of a picture, at `size` x `size` pixels."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def read_sized(paths: list[Path], like: Path, size: int | None) -> Iterator[Image.Image]:
+    """The pictures as squares of `size`, or as they are if they all have the size of the picture `like`.
+
+    Raises:
+        ValueError: where one differs in size, and no size is given, or cannot be read.
+    """
+    width, height = read_rgb(like).size
+    for path in paths:
+        image = read_rgb(path)
+        if size is not None:
+            image = square(image, size)
+        elif image.size != (width, height):
+            raise ValueError(
+                f"{path.name} has {image.width} x {image.height} pixels and {like.name} {width} x {height}; give "
+                "--size to cut and scale all to squares of one size."
+            )
+        yield image

@@ -1,0 +1,68 @@
+"""python -m localdit.evaluation score: pictures of a folder against real ones."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from localdit.command_line import Parser, best_device, counting_number
+from localdit.evaluation.extractors import load_extractor
+from localdit.evaluation.features import features_of_folder, load_features
+from localdit.evaluation.generation import read_generation
+from localdit.evaluation.scores import FILE, METRICS, append_scores, score_features
+
+
+def parser() -> Parser:
+    parser = Parser(prog="python -m localdit.evaluation score", description=__doc__)
+    parser.add_argument("--generated", help="folder of pictures")
+    parser.add_argument("--real", help="folder of pictures")
+    parser.add_argument("--reference", help="their features, kept by --save_reference")
+    parser.add_argument("--extractor", required=True, help="inception, or a folder or Hub id: see docs/evaluation.md")
+    parser.add_argument("--weights", help="file of Inception's weights")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, help="by default all that fit")
+    parser.add_argument("--size", type=counting_number, help="cut and scale all pictures to squares of so many pixels")
+    parser.add_argument("--resamples", type=int, default=50, help="for the intervals; 0 for none")
+    parser.add_argument("--force", action="store_true", help="FID of fewer pictures than features, too")
+    parser.add_argument("--save_reference", help="file for the features of the real pictures (.safetensors)")
+    parser.add_argument("--output", help=f"by default {FILE} beside the generated pictures' folder; lines are added")
+    parser.add_argument("--batch_size", type=counting_number, default=32)
+    parser.add_argument("--device", default=best_device())
+    return parser
+
+
+def told(record: dict[str, Any]) -> str:
+    """A score in one line."""
+    within = record["interval"]
+    return f"{record['metric']} {record['value']:.4g}" + (f" ({within[0]:.4g} to {within[1]:.4g})" if within else "")
+
+
+def main(arguments: list[str]) -> None:
+    options = parser().parse_args(arguments)
+    if options.real and options.reference:
+        raise ValueError("--real and --reference are two of one; give one of them.")
+    if options.save_reference and not options.real:
+        raise ValueError("--save_reference keeps the features of --real; give it.")
+    if options.save_reference and Path(options.save_reference).exists():
+        raise ValueError(f"--save_reference {options.save_reference!r} exists; choose another file.")
+    if not options.generated and not options.save_reference:
+        raise ValueError("There is nothing to do; give --generated, or --real with --save_reference.")
+    state = PartialState(cpu=options.device == "cpu")
+    device = str(state.device) if state.num_processes > 1 else options.device
+    extractor = load_extractor(options.extractor, device, options.weights)
+    real = load_features(options.reference) if options.reference else None
+    if options.real:
+        real = features_of_folder(options.real, extractor, options.batch_size, options.size)
+    if real is not None and options.save_reference and state.is_main_process:
+        real.save(options.save_reference)
+    if not options.generated:
+        return
+    generated = features_of_folder(options.generated, extractor, options.batch_size, options.size)
+    if not state.is_main_process:
+        return
+    generation = read_generation(options.generated)
+    records = score_features(real, generated, options.metrics, generation, options.resamples, options.force)
+    output = options.output or Path(options.generated).resolve().parent / FILE
+    append_scores(output, records)
+    for record in records:
+        print(told(record))
+    print(output)

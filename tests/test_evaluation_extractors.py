@@ -1,0 +1,125 @@
+"""Image encoders of transformers as extractors, and pictures against prompts, with small networks of random weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from localdit.evaluation.alignment import AlignmentModel, main, read_pairs, score_alignment
+from localdit.evaluation.extractors import TransformersExtractor, load_extractor, pooled
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {**SMALL, "vocab_size": 8, "max_position_embeddings": 6, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+VISION = {**SMALL, "image_size": 20, "patch_size": 10}
+
+
+def clip():
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)
+    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
+    return transformers.CLIPModel(config), transformers.CLIPImageProcessor(**sizes)
+
+
+def siglip():
+    config = transformers.SiglipConfig(text_config={**TEXT, "projection_size": 16}, vision_config=VISION)
+    return transformers.SiglipModel(config), transformers.SiglipImageProcessor(size={"height": 20, "width": 20})
+
+
+def align():
+    vision = {"image_size": 32, "hidden_dim": 2560, "depth_coefficient": 0.1, "width_coefficient": 0.1}
+    text = {**TEXT, "type_vocab_size": 2}
+    config = transformers.AlignConfig(text_config=text, vision_config=vision, projection_dim=32)
+    sizes = {"size": {"height": 36, "width": 36}, "crop_size": {"height": 32, "width": 32}, "do_center_crop": True}
+    return transformers.AlignModel(config), transformers.EfficientNetImageProcessor(**sizes)
+
+
+def dinov2():
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}}
+    return transformers.Dinov2Model(config), transformers.BitImageProcessor(**sizes)
+
+
+@pytest.fixture(params=[clip, siglip, align, dinov2], ids=lambda build: build.__name__)
+def saved(request, tmp_path):
+    """A folder of a small model, and what it was made of."""
+    torch.manual_seed(0)
+    model, processor = request.param()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    words = {word: index for index, word in enumerate(["<s>", "</s>", "a", "red", "blue", "seven", "three", "<unk>"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    ends = {"pad_token": "</s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(tmp_path)
+    return tmp_path, model.eval(), processor
+
+
+def photographs() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)) for _ in range(3)]
+
+
+def test_features_are_the_models_own_of_pictures_scaled_by_pil(saved):
+    folder, model, processor = saved
+    extractor = load_extractor(str(folder))
+    side = {"clip": 20, "siglip": 20, "align": 32, "dinov2": 28}[extractor.family]
+    scaled = [image.resize((side, side), Image.Resampling.BICUBIC) for image in photographs()]
+    pixels = np.stack(scaled).astype(np.float32) / 255
+    if extractor.family == "align":
+        inputs = processor(scaled, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+    else:
+        inputs = torch.from_numpy((pixels - processor.image_mean) / processor.image_std).permute(0, 3, 1, 2).float()
+    with torch.no_grad():
+        expected = pooled(getattr(model, "get_image_features", model)(pixel_values=inputs))
+    torch.testing.assert_close(extractor(photographs()).features, expected, rtol=1e-4, atol=1e-5)
+    assert extractor.dimension == expected.shape[1]
+    assert extractor.preprocessing.startswith(f"{side} x {side} by PIL bicubic")
+
+
+def test_the_hash_is_of_the_weights(saved):
+    folder, model, _ = saved
+    first = TransformersExtractor(str(folder)).sha256
+    assert first == TransformersExtractor(str(folder)).sha256
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    model.save_pretrained(folder)
+    assert TransformersExtractor(str(folder)).sha256 != first
+
+
+def test_alignment_is_the_mean_cosine(saved, tmp_path_factory):
+    folder, model, _ = saved
+    if not hasattr(model, "get_text_features"):
+        with pytest.raises(ValueError, match="without a text encoder"):
+            AlignmentModel(str(folder))
+        return
+    pictures, prompts = tmp_path_factory.mktemp("pictures"), ["a red seven", "a blue three", "blue"]
+    for index, picture in enumerate(photographs()):
+        picture.save(pictures / f"{index}.png")
+    lines = [json.dumps({"file": f"{index}.png", "prompt": prompt}) for index, prompt in enumerate(prompts)]
+    (pictures / "prompts.jsonl").write_text("\n".join(lines))
+    aligned = AlignmentModel(str(folder))
+    record = score_alignment(pictures, aligned, batch_size=2)
+    cosines = []
+    for picture, prompt in zip(photographs(), prompts, strict=True):
+        mine, theirs = (each[0].double().numpy() for each in (aligned([picture]).features, aligned.texts([prompt])))
+        cosines.append(mine @ theirs / np.linalg.norm(mine) / np.linalg.norm(theirs))
+    assert record["value"] == pytest.approx(100 * np.mean(cosines), rel=1e-4)
+    assert record["metric"] == f"{aligned.family}_score"
+    assert record["interval"][0] <= record["value"] <= record["interval"][1]
+    main([str(pictures), "--model", str(folder), "--device", "cpu", "--output", str(pictures / "scores.jsonl")])
+    assert json.loads((pictures / "scores.jsonl").read_text())["value"] == pytest.approx(record["value"], rel=1e-4)
+
+
+def test_pictures_without_prompts_are_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"1 pictures .* have no prompt \(a.png\)"):
+        read_pairs(tmp_path)
+    (tmp_path / "a.txt").write_text("a red seven\n")
+    assert read_pairs(tmp_path) == [(tmp_path / "a.png", "a red seven")]
+    (tmp_path / "prompts.jsonl").write_text("no json")
+    with pytest.raises(ValueError, match="in line 1"):
+        read_pairs(tmp_path)

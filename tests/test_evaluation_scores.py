@@ -1,0 +1,198 @@
+"""Scores of folders of pictures: what they record, what they refuse, and what must not change them."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from localdit.data.digit_scenes import load_digits
+from localdit.evaluation.digit_extractor import DigitNetwork, save_digit_network, train_digit_network
+from localdit.evaluation.extractors import load_extractor
+from localdit.evaluation.features import features_of_folder, features_of_images, load_features
+from localdit.evaluation.images import list_images, read_rgb
+from localdit.evaluation.score_folders import main
+from localdit.evaluation.scores import METRICS, score_features
+
+
+@pytest.fixture(scope="module")
+def extractor_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extractor")
+    torch.manual_seed(0)
+    save_digit_network(DigitNetwork(8).eval(), folder, 0.1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extractor(extractor_folder):
+    return load_extractor(str(extractor_folder))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Digits of which training may see, and others."""
+    found = {}
+    for split in ("train", "test"):
+        found[split] = tmp_path_factory.mktemp(split)
+        for index, digit in enumerate(load_digits(split)[0][::50]):
+            Image.fromarray(digit).convert("RGB").save(found[split] / f"{index:03d}.png")
+    return found
+
+
+def values(records: list[dict]) -> dict[str, float]:
+    return {record["metric"]: record["value"] for record in records}
+
+
+def test_every_score_says_all_that_it_takes_to_repeat_it(folders, extractor):
+    real, generated = (features_of_folder(folders[split], extractor) for split in ("test", "train"))
+    records = score_features(real, generated, generation={"seed": 3}, resamples=10)
+    assert [record["metric"] for record in records] == list(METRICS)
+    for record in records:
+        low, high = record["interval"]
+        assert low <= record["value"] <= high
+        assert record["extractor"]["sha256"] == extractor.sha256
+        assert record["extractor"]["dimension"] == 8
+        assert "bicubic" in record["extractor"]["preprocessing"]
+        assert record["real"]["count"] == record["generated"]["count"] == 50
+        assert record["generated"]["formats"] == ["png"]
+        assert record["generation"] == {"seed": 3}
+        assert {"localdit", "torch", "torchmetrics"} <= record["versions"].keys()
+        json.dumps(record)
+
+
+def test_worse_pictures_score_worse(folders, extractor_folder):
+    torch.manual_seed(0)
+    network, accuracy = train_digit_network(epochs=2, seed=0)
+    assert accuracy > 0.9
+    save_digit_network(network, extractor_folder / "trained", accuracy)
+    trained = load_extractor(str(extractor_folder / "trained"))
+    real = features_of_folder(folders["test"], trained)
+    pictures = [read_rgb(path) for path in list_images(folders["train"])]
+    noisy = [Image.effect_noise(picture.size, 100).convert("RGB") for picture in pictures]
+    good, bad = (
+        values(score_features(real, features_of_images(each, trained), resamples=0, force=True))
+        for each in (pictures, noisy)
+    )
+    for metric in ("fid", "kid", "cmmd"):
+        assert good[metric] < bad[metric] / 3, metric
+    for metric in ("precision", "recall", "coverage", "inception_score"):
+        assert good[metric] > bad[metric], metric
+
+
+def test_neither_order_nor_batches_change_a_score(folders, extractor, tmp_path):
+    real = features_of_folder(folders["test"], extractor)
+    for index, path in enumerate(reversed(list_images(folders["train"]))):
+        (tmp_path / f"{index:03d}.png").write_bytes(path.read_bytes())
+    sets = [
+        features_of_folder(folders["train"], extractor),
+        features_of_folder(folders["train"], extractor, batch_size=7),
+        features_of_folder(tmp_path, extractor),
+    ]
+    scores = [values(score_features(real, each, resamples=0)) for each in sets]
+    for other in scores[1:]:
+        assert other == pytest.approx(scores[0], rel=1e-4, abs=1e-4)
+
+
+def test_intervals_cover_the_score_of_more_pictures(extractor):
+    digits = np.stack(3 * [load_digits("train")[0]], axis=-1)
+    whole = features_of_images(digits[:1000], extractor)
+    rows = np.random.default_rng(0).permutation(len(whole.values))
+    real = replace(whole, values=whole.values[rows[:500]], logits=None)
+    other = replace(whole, values=whole.values[rows[500:]] + 0.2, logits=None)
+    few = replace(other, values=other.values[:100])
+    expected, found = (
+        values(score_features(real, other, ["kid"], resamples=0))["kid"],
+        score_features(real, few, ["kid"]),
+    )
+    assert found[0]["interval"][0] <= expected <= found[0]["interval"][1]
+
+
+def test_fid_of_too_few_pictures_is_refused_or_left_out(folders, extractor, caplog):
+    real, generated = (features_of_folder(folders[split], extractor) for split in ("test", "train"))
+    few = replace(generated, values=generated.values[:8], logits=generated.logits[:8])
+    with pytest.raises(ValueError, match="FID of 8 pictures in 8 features .* take kid or cmmd, or add --force"):
+        score_features(real, few, ["fid"])
+    assert "fid" not in values(score_features(real, few, resamples=0))
+    assert "fid is left out" in caplog.text
+    assert "fid" in values(score_features(real, few, ["fid"], resamples=2, force=True))
+
+
+def test_features_are_kept_and_read_again(folders, extractor, tmp_path):
+    features = features_of_folder(folders["test"], extractor)
+    features.save(tmp_path / "reference.safetensors")
+    again = load_features(tmp_path / "reference.safetensors")
+    np.testing.assert_array_equal(again.values, features.values)
+    assert (again.extractor, again.pictures) == (features.extractor, features.pictures)
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="holds no features"):
+        load_features(tmp_path / "damaged.safetensors")
+
+
+def test_features_of_different_extractors_are_not_compared(folders, extractor, tmp_path):
+    torch.manual_seed(1)
+    save_digit_network(DigitNetwork(8).eval(), tmp_path, 0.1)
+    other = features_of_folder(folders["test"], load_extractor(str(tmp_path)))
+    with pytest.raises(ValueError, match="make both by one extractor"):
+        score_features(other, features_of_folder(folders["train"], extractor))
+
+
+def test_one_process_and_two_find_the_same_scores(folders, extractor_folder, tmp_path):
+    arguments = ["--generated", str(folders["train"]), "--real", str(folders["test"]), "--resamples", "0"]
+    arguments += ["--extractor", str(extractor_folder), "--device", "cpu", "--batch_size", "4"]
+    main([*arguments, "--output", str(tmp_path / "one.jsonl")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "localdit.evaluation"]
+    subprocess.run(
+        [*launch, "score", *arguments, "--output", str(tmp_path / "two.jsonl")],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=300,
+    )
+    one, two = (
+        values([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()])
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
+
+
+def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_path):
+    def refused(message: str, folder=tmp_path, **options) -> None:
+        with pytest.raises(ValueError, match=message):
+            features_of_folder(folder, extractor, **options)
+
+    refused("is no folder", tmp_path / "none")
+    refused("holds no picture")
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    refused("a.png' cannot be read as a picture")
+    Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
+    refused("b.png has 40 x 30 pixels and a.png 30 x 30; give --size")
+    assert features_of_folder(tmp_path, extractor, size=16).pictures["size"] == 16
+    pictures = np.zeros((3, 8, 8, 3))
+    pictures[1, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match=r"Pictures \[1\] hold pixels that are no numbers"):
+        features_of_images(pictures, extractor)
+    with pytest.raises(ValueError, match="scale them to"):
+        features_of_images(np.full((1, 8, 8, 3), 2.0), extractor)
+    with pytest.raises(ValueError, match="no pictures"):
+        features_of_images([], extractor)
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_extractor(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "There is nothing to do"),
+        (["--real", "a", "--reference", "b"], "two of one"),
+        (["--generated", "a", "--save_reference", "b"], "keeps the features of --real"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main(["--extractor", "nothing", *arguments])

@@ -1,0 +1,208 @@
+"""Facts about seams: what steps, noise, patch grids and photographs come to."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from localdit.evaluation.seams import main, seam_ratio
+
+PERIOD, PATCH, SIZE = 32, 8, 128
+
+
+def noise(count=24, size=SIZE, sigma=8.0, seed=0):
+    """Grey white noise, float [count, size, size, 3] around 128."""
+    values = np.random.default_rng(seed).normal(128, sigma, (count, size, size, 1))
+    return values.repeat(3, axis=-1)
+
+
+def with_steps(pictures, height, period, offset=0, rows=True):
+    """Raise every second strip between borders offset, offset + period, ..., so that each border is a step."""
+    strip = (np.arange(pictures.shape[2]) - offset) // period % 2 * height
+    stepped = pictures + strip[:, None]
+    return stepped + strip[:, None, None] if rows else stepped
+
+
+def uint8(pictures):
+    return pictures.round().clip(0, 255).astype(np.uint8)
+
+
+def only(result):
+    """The measurements of the only offset."""
+    (measured,) = result["offsets"]
+    return measured
+
+
+def covers(measurement, value):
+    low, high = measurement["interval"]
+    return low <= value <= high
+
+
+@pytest.mark.parametrize("offset", [0, 16])
+@pytest.mark.parametrize("height", [6, 12])
+def test_a_step_on_noise_gives_the_ratio_of_the_formula(height, offset):
+    sigma = 8.0
+    found = only(seam_ratio(uint8(with_steps(noise(), height, PERIOD, offset)), PERIOD, PATCH, [offset]))
+    expected = 1 + height**2 / (2 * sigma**2)
+    assert expected > 1.25
+    for direction in ("columns", "rows", "together"):
+        assert found[direction]["ratio"] == pytest.approx(expected, rel=0.06)
+        assert found[direction]["rank"] == 1 and found[direction]["highest"] == offset
+        assert not covers(found[direction], 1)
+    assert covers(found["together"], expected)
+
+
+def test_the_slow_obvious_sum_agrees():
+    pictures = uint8(noise(count=2, size=72))
+    found = only(seam_ratio(pictures, PERIOD, PATCH))
+    grey = pictures[..., 0].astype(float)
+    borders, others = [32, 64], [8, 16, 24, 40, 48, 56]
+    energy = [np.mean([(grey[:, :, x] - grey[:, :, x - 1]) ** 2 for x in places]) for places in (borders, others)]
+    assert found["columns"]["ratio"] == pytest.approx(energy[0] / energy[1], abs=1e-4)
+    energy = [np.mean([(grey[:, y] - grey[:, y - 1]) ** 2 for y in places]) for places in (borders, others)]
+    assert found["rows"]["ratio"] == pytest.approx(energy[0] / energy[1], abs=1e-4)
+
+
+def test_white_noise_has_no_seams():
+    found = only(seam_ratio(uint8(noise()), PERIOD, PATCH))
+    for direction in ("columns", "rows", "together"):
+        assert found[direction]["ratio"] == pytest.approx(1, abs=0.05)
+        assert covers(found[direction], 1)
+
+
+def test_a_patch_grid_is_no_seam():
+    # steps of 20 at every patch border: against pixels inside patches every border would seem eight times as strong
+    found = only(seam_ratio(uint8(with_steps(noise(sigma=5), 20, PATCH)), PERIOD, PATCH))
+    assert found["together"]["ratio"] == pytest.approx(1, abs=0.05)
+    assert covers(found["together"], 1)
+
+
+def test_a_finer_grid_of_the_autoencoder_is_no_seam():
+    found = only(seam_ratio(uint8(with_steps(noise(sigma=5), 20, PATCH // 2)), PERIOD, PATCH))
+    assert found["together"]["ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_steps_in_one_direction_show_in_that_direction():
+    found = only(seam_ratio(uint8(with_steps(noise(), 12, PERIOD, rows=False)), PERIOD, PATCH))
+    assert found["columns"]["ratio"] > 1.9
+    assert found["rows"]["ratio"] == pytest.approx(1, abs=0.08)
+    assert found["rows"]["ratio"] < found["together"]["ratio"] < found["columns"]["ratio"]
+
+
+def test_steps_elsewhere_are_reported_as_the_highest_phase():
+    found = only(seam_ratio(uint8(with_steps(noise(), 12, PERIOD, offset=24)), PERIOD, PATCH))["together"]
+    assert found["highest"] == 24 and found["rank"] > 1
+    assert found["ratio"] < 0.9
+    assert set(found["phases"]) == {0, 8, 16, 24} and found["phases"][0] == found["ratio"]
+
+
+def test_seams_of_another_offset_are_kept_out_of_the_comparison():
+    both = uint8(with_steps(with_steps(noise(), 12, PERIOD), 12, PERIOD, offset=16))
+    expected = 1 + 12**2 / (2 * 8**2)
+    for measured in seam_ratio(both, PERIOD, PATCH, [0, 16])["offsets"]:
+        assert measured["together"]["ratio"] == pytest.approx(expected, rel=0.06)
+    assert only(seam_ratio(both, PERIOD, PATCH))["together"]["ratio"] < 0.9 * expected
+
+
+@pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee"])
+def test_a_photograph_has_no_seams(name):
+    for measured in seam_ratio([Image.fromarray(getattr(data, name)())], 64, 16, [0, 32])["offsets"]:
+        assert 0.75 < measured["together"]["ratio"] < 1.35
+        assert measured["together"]["interval"] is None  # of one picture
+
+
+def test_parts_of_photographs_have_no_seams_until_they_are_given_some():
+    rng = np.random.default_rng(0)
+    photographs = [data.astronaut(), data.chelsea(), data.coffee()]
+    parts = []
+    for _ in range(60):
+        photograph = photographs[rng.integers(len(photographs))]
+        top, left = (rng.integers(side - 256 + 1) for side in photograph.shape[:2])
+        parts.append(photograph[top : top + 256, left : left + 256])
+    parts = np.stack(parts)
+    found = only(seam_ratio(parts, 64, 16))["together"]
+    assert found["ratio"] == pytest.approx(1, abs=0.1) and covers(found, 1)
+    found = only(seam_ratio(uint8(with_steps(parts.astype(float), 10, 64)), 64, 16))["together"]
+    assert found["interval"][0] > 1 and found["rank"] == 1
+
+
+def test_the_interval_narrows_with_more_pictures():
+    def width(count):
+        low, high = only(seam_ratio(uint8(noise(count)), PERIOD, PATCH))["together"]["interval"]
+        return high - low
+
+    assert width(64) < 0.7 * width(8)
+
+
+def test_pictures_of_any_size_are_compared():
+    pictures = [Image.fromarray(uint8(noise(1, 150, seed=seed))[0, :height, :width]) for seed, height, width in SIZES]
+    result = seam_ratio(pictures, PERIOD, PATCH)
+    assert result["pictures"] == len(SIZES)
+    assert only(result)["together"]["ratio"] == pytest.approx(1, abs=0.2)
+
+
+SIZES = [(0, 100, 150), (1, 77, 45), (2, 33, 120), (3, 150, 149)]
+
+
+def test_arrays_and_pictures_of_one_content_agree():
+    pictures = uint8(noise(4))
+    expected = seam_ratio(pictures, PERIOD, PATCH)
+    assert seam_ratio([Image.fromarray(picture) for picture in pictures], PERIOD, PATCH) == expected
+    assert seam_ratio(pictures / 255, PERIOD, PATCH) == expected
+
+
+def test_a_direction_without_a_window_border_is_none():
+    found = only(seam_ratio(uint8(noise())[:, :32], PERIOD, PATCH))
+    assert found["rows"] is None
+    assert found["together"]["ratio"] == pytest.approx(1, abs=0.05)
+
+
+def test_pictures_without_a_window_border_are_refused():
+    with pytest.raises(ValueError, match=r"period=32, offset=0\).* larger than 32 pixels"):
+        seam_ratio(uint8(noise())[:, :32, :32], PERIOD, PATCH)
+    assert only(seam_ratio(uint8(noise())[:, :33, :33], PERIOD, PATCH))["together"]["pictures"] == 24
+
+
+def test_flat_pictures_are_refused_and_left_out_among_others():
+    flat = np.full((6, SIZE, SIZE, 3), (200, 31, 77), np.uint8)
+    with pytest.raises(ValueError, match="of more than one colour"):
+        seam_ratio(flat, PERIOD, PATCH)
+    pictures = uint8(noise(6))
+    alone, among = (only(seam_ratio(x, PERIOD, PATCH)) for x in (pictures, np.concatenate([flat, pictures])))
+    assert among == alone and among["together"]["pictures"] == 6
+
+
+def test_seams_on_otherwise_flat_pictures_have_no_upper_bound():
+    seams_alone = uint8(with_steps(np.full((5, SIZE, SIZE, 3), 100.0), 10, PERIOD))
+    found = only(seam_ratio(np.concatenate([seams_alone, uint8(noise(1))]), PERIOD, PATCH))["together"]
+    assert found["ratio"] > 1 and found["interval"][1] is None
+
+
+@pytest.mark.parametrize(
+    ("period", "patch", "offsets", "words"),
+    [
+        (30, 8, [0], "period=30 is no multiple of patch=8"),
+        (8, 8, [0], "period=8 is no multiple of patch=8 above it"),
+        (32, 0, [0], "patch=0"),
+        (32, 8, [4], "offset=4 is no multiple of patch=8"),
+        (32, 8, [0, 32], "offset=32 .* below period=32"),
+        (32, 8, [0, 8, 16, 24], "no patch border to compare it with; give from one to 3 of"),
+        (32, 8, [], "leave no window border"),
+    ],
+)
+def test_a_grid_that_cannot_be_compared_is_refused(period, patch, offsets, words):
+    with pytest.raises(ValueError, match=words):
+        seam_ratio(uint8(noise(1)), period, patch, offsets)
+
+
+def test_the_command_line_prints_what_the_function_returns(tmp_path, capsys):
+    pictures = uint8(with_steps(noise(3), 12, PERIOD))
+    for index, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{index}.png")
+    main([str(tmp_path), "--period", "32", "--patch", "8", "--offset", "0", "--offset", "16"])
+    expected = seam_ratio(pictures, PERIOD, PATCH, [0, 16])
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected))
+    main([str(tmp_path), "--period", "32", "--patch", "8"])
+    assert [measured["offset"] for measured in json.loads(capsys.readouterr().out)["offsets"]] == [0]
