@@ -413,6 +413,31 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ScoresConfig:
+    """Scores of pictures drawn during the run with the averaged weights; see docs/evaluation.md for what they mean.
+
+    The pictures are always of the same prompts, or of the classes in turn, from seeds that count up from `sample.seed`.
+
+    Args:
+        every: steps between them; 0 for none.
+        extractor: folder or Hub id of what makes features of pictures.
+        reference: the features of real pictures, by python -m localdit.evaluation score --save_reference.
+        metrics: as python -m localdit.evaluation score names them.
+        prompts: file of a prompt a line, for models of captions.
+        pictures: how many.
+        batch_size: of drawing them.
+    """
+
+    every: CountOrZero = 0
+    extractor: str | None = None
+    reference: str | None = None
+    metrics: tuple[Literal["fid", "kid", "cmmd", "precision", "recall", "density", "coverage"], ...] = ("kid", "cmmd")
+    prompts: str | None = None
+    pictures: Count = 256
+    batch_size: Count = 32
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """A part of a run with smaller pictures, before those of `data.resolution`.
 
@@ -443,6 +468,7 @@ class TrainConfig:
         few_step: a teacher of many steps to learn few steps from.
         sample: the pictures drawn every `sample_every` steps; its size, steps, guidance and strength become the
             pipeline's defaults.
+        scores: of pictures drawn while the run goes on.
         batch_size: pictures per process and micro-step.
         gradient_accumulation_steps: micro-steps per step.
         max_steps: optimizer steps in all.
@@ -485,6 +511,7 @@ class TrainConfig:
     distillation: DistillationConfig = DistillationConfig()
     few_step: FewStepConfig = FewStepConfig()
     sample: SampleConfig = SampleConfig()
+    scores: ScoresConfig = ScoresConfig()
     batch_size: Count = 64
     gradient_accumulation_steps: Count = 1
     max_steps: Count = 10_000

@@ -15,7 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from config import MixersConfig, TrainConfig, Within
+from config import MixersConfig, ScoresConfig, TrainConfig, Within
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ FREE = (
     "keep_checkpoints",
     "validate_every",
     "validation_batches",
+    *(f"scores.{field.name}" for field in fields(ScoresConfig)),
     "hub_repo_id",
     "hub_private",
 )

@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -39,6 +38,7 @@ from train.post_hoc_ema import PowerAverages
 from train.precomputed import check_precomputed
 from train.run_log import RunLog, StepRecord
 from train.run_plot import plot
+from train.sampling import SampleScores, draw_sheet
 from train.settings import as_plain, check_run, save_settings
 from train.sharding import SavedAverage, WholeNetworks, autocast, build_accelerator, prepare, whole
 from train.spikes import SpikeWatch
@@ -104,6 +104,8 @@ class Trainer:
         if config.validate_every:
             held_out = build_source(config, condition_of(model_settings(config)), "test")
             self.validation = Validation(config, held_out, self.encode, self.accelerator)
+        if config.scores.every:
+            self.sample_scores = SampleScores(config, self.networks, self.accelerator.device)
         self.loader = self._build_loader()
 
     def _build_loader(self) -> DataLoader:
@@ -201,6 +203,8 @@ class Trainer:
                         return
                 if done % config.sample_every == 0 and not stops:
                     self._draw_samples(done, stop)
+                if config.scores.every and done % config.scores.every == 0 and not stops:
+                    self._score_samples(done, stop)
                 if config.validate_every and done % config.validate_every == 0 and not stops:
                     validation_loss = self._validate(done, stop)
                 self.state |= {"step": done, "recent_losses": list(spikes.recent)}
@@ -341,36 +345,17 @@ class Trainer:
 
     @torch.no_grad()
     def _draw_samples(self, step: int, stop: StopSignals) -> None:
-        sample = self.config.sample
-        has_text = self.networks.tokenizer is not None
-        if has_text and not sample.prompts:
-            return
         # eager, because compiling again for another batch size takes longer than a few pictures
         with self.averaged_networks() as networks, torch.compiler.set_stance("force_eager"):
-            if networks is None:
-                return
-            networks.denoiser.eval()
-            pipeline = networks.pipeline(self.config).to(self.accelerator.device)
-            pipeline.set_progress_bar_config(disable=True)
-            rows = sample.prompts if has_text else list(range(self.denoiser.transformer.config.num_classes or 1))
-            cells = [row for row in rows for _ in range(sample.num_images)]
-            arguments: dict[str, Any] = {
-                "generator": [torch.Generator().manual_seed(sample.seed + index) for index in range(len(cells))],
-                "callback_on_step_end": stop.interrupt_sampling,
-            }
-            if has_text:
-                arguments |= {"prompt": cells, "negative_prompt": sample.negative_prompt}
-            elif self.denoiser.transformer.config.num_classes is not None:
-                arguments["class_labels"] = cells
-            else:
-                arguments["batch_size"] = len(cells)
-            images = pipeline(**arguments).images
-            networks.denoiser.train()
-        if stop.noted:
-            return
-        folder = self.output_dir / "samples"
-        folder.mkdir(exist_ok=True)
-        make_image_grid(images, rows=len(rows), cols=sample.num_images).save(folder / f"{step:08d}.png")
+            if networks is not None:
+                path = self.output_dir / "samples" / f"{step:08d}.png"
+                draw_sheet(networks, self.config, path, self.accelerator.device, stop)
+
+    @torch.no_grad()
+    def _score_samples(self, step: int, stop: StopSignals) -> None:
+        with self.averaged_networks() as networks, torch.compiler.set_stance("force_eager"):
+            if networks is not None and (values := self.sample_scores(networks, stop)):
+                self.log.note(step, {"scores": values})
 
     def save_pipeline(self) -> None:
         """Write the averaged weights as a pipeline to `output_dir/pipeline`, or as adapters to `output_dir/lora`."""
