@@ -238,10 +238,12 @@ def test_the_command_line_prints_all_that_it_takes_to_repeat_the_score(weights, 
     main([*folders, "--weights", str(weights), "--device", "cpu"])
     told = json.loads(capsys.readouterr().out)
     expected = mean_distance(*folders, load_network(weights))
-    assert {name: told[name] for name in expected} == expected and told["count"] == 2
-    assert told["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert told["metric"] == "lpips" and told["backbone"] == "alex" and told["weights"] == str(weights)
-    assert set(told["versions"]) == {"localdit", "torch", "torchmetrics", "numpy"}
+    assert told["generated"]["count"] == expected.pop("count") == 2
+    assert {name: told[name] for name in expected} == expected
+    assert json.loads((tmp_path / "scores.jsonl").read_text()) == told
+    assert told["extractor"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert (told["metric"], told["extractor"]["family"], told["extractor"]["name"]) == ("lpips", "alex", str(weights))
+    assert {"localdit", "torch", "torchmetrics"} <= told["versions"].keys()
 
     with pytest.raises(ValueError, match="see --help"):
         main([*folders, "--weight", str(weights)])

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from torch import nn
 
 from localdit.command_line import Parser, best_device, check_device
 from localdit.conversion import STATE_DICT_SUFFIXES, read_state_dict
+from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
-from localdit.version import VERSION
+from localdit.evaluation.scores import FILE, append_scores, versions
 
 VGG = "timm/vgg16.tv_in1k"  # torchvision's weights, for which LPIPS' heads were fitted
 WEIGHTS_FILE = "model.safetensors"
@@ -208,11 +208,11 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 
 
 def main(arguments: list[str]) -> None:
-    """Print as JSON how far the pictures of two folders are from each other."""
     parser = Parser(prog="python -m localdit.evaluation lpips", description="LPIPS between two folders.")
     parser.add_argument("first", metavar="FOLDER1", help="pictures, such as those given to image to image")
     parser.add_argument("second", metavar="FOLDER2", help="pictures of the same names and sizes")
     parser.add_argument("--weights", default=VGG, help="VGG16's or AlexNet's: a file or Hub id; by default %(default)s")
+    parser.add_argument("--output", help=f"by default {FILE} beside FOLDER2; a line is added")
     parser.add_argument("--device", default=best_device(), help="cpu, cuda, mps; by default the best there is")
     options = parser.parse_args(arguments)
     check_device(options.device, "float32")
@@ -221,12 +221,16 @@ def main(arguments: list[str]) -> None:
     network = load_network(path).to(options.device)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    result = {
+    found = mean_distance(options.first, options.second, network)
+    count = found.pop("count")
+    record = {
         "metric": "lpips",
-        **mean_distance(options.first, options.second, network),
-        "backbone": network.backbone,
-        "weights": options.weights,
-        "sha256": digest,
-        "versions": {"localdit": VERSION, **{name: version(name) for name in ("torch", "torchmetrics", "numpy")}},
+        **found,
+        "versions": versions(),
+        "extractor": {"name": options.weights, "family": network.backbone, "sha256": digest},
+        "real": {"source": options.first, "count": count},
+        "generated": {"source": options.second, "count": count},
+        "generation": read_generation(options.second),
     }
-    print(json.dumps(result, indent=2))
+    append_scores(options.output or Path(options.second).resolve().parent / FILE, [record])
+    print(json.dumps(record, indent=2))
