@@ -566,8 +566,11 @@ class TrainBenchmarkConfig:
         run: the recipe that is timed.
         rounds: turns that each contestant has, after one to warm up.
         steps: of a turn.
+        peak_tflops: what the device could do in the run's precision, such as 989 for bf16 on an H200, to tell the share
+            that is used.
     """
 
     run: TrainConfig
     rounds: Count = 5
     steps: Count = 5
+    peak_tflops: Positive | None = None
