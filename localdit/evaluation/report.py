@@ -209,7 +209,7 @@ def draw_panel(axes: Any, runs: list[Run], metric: str, extractor: str, key: str
             cost, score["value"], color=color, marker=MARKERS[number % len(MARKERS)], markersize=8, linestyle=""
         )[0]
     axes.margins(0.1)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.1 * max(point.get_xdata()[0] for point in points.values()) or 1)
     axes.set_xlabel(SETTINGS[key])
     axes.set_ylabel(metric + ARROWS[direction(metric)], parse_math=False)
     axes.set_title(extractor if len(extractor) < 40 else f"…{extractor[-39:]}", fontsize="medium", parse_math=False)
