@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils import make_image_grid
@@ -67,6 +68,12 @@ def available_devices() -> list[str]:
 def best_device() -> str:
     """An accelerator (CUDA, MPS, ...) where there is one, else the CPU."""
     return available_devices()[-1]
+
+
+def start_process(device: str) -> tuple[PartialState, str]:
+    """This process among those of its launcher, and its device: with several, each has an accelerator of its own."""
+    state = PartialState(cpu=device == "cpu")
+    return state, str(state.device) if state.num_processes > 1 and device != "cpu" else device
 
 
 def check_device(device: str, dtype: str) -> None:
@@ -150,6 +157,19 @@ def check_output(output: Path) -> None:
         raise ValueError(f"--output {str(output)!r} has no folder to go to ({error}); choose another.") from error
     if not os.access(output.parent, os.W_OK):
         raise ValueError(f"--output {str(output)!r} is in a folder that cannot be written to; choose another.")
+
+
+def check_folder(option: str, path: str | Path) -> None:
+    """Raise a ValueError where a folder to write to is something else; `option` is what the command line calls it."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"{option} {str(path)!r} is no folder; choose another.")
+
+
+def check_file(option: str, path: str | Path) -> None:
+    """Raise a ValueError where a file to write to is a folder, or lies in something that is none."""
+    if Path(path).is_dir():
+        raise ValueError(f"{option} {str(path)!r} is a folder; name a file in it.")
+    check_folder(option, Path(path).parent)
 
 
 def output_paths(output: Path, count: int, overwrite: bool) -> list[Path]:

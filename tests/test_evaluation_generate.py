@@ -66,3 +66,22 @@ def test_how_the_pictures_came_about_is_kept_and_not_mixed(prompts, tmp_path):
 def test_a_model_of_captions_knows_no_classes(tmp_path):
     with pytest.raises(ValueError, match="knows no classes; give --prompts"):
         main([*QUICK, "--per_class", "2", "--output", str(tmp_path)])
+
+
+def test_nothing_is_drawn_into_the_pictures_of_others(prompts, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match="holds pictures of others"):
+        main([*QUICK, "--prompts", prompts, "--output", str(tmp_path)])
+
+
+def test_prompts_that_cannot_be_read_leave_nothing_behind(tmp_path):
+    with pytest.raises(ValueError):
+        main([*QUICK, "--prompts", str(tmp_path / "none.txt"), "--output", str(tmp_path / "pictures")])
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_damaged_settings_are_told_by_name(prompts, tmp_path):
+    for text in ('{"seed": ', "[1, 2]"):
+        (tmp_path / "generation.json").write_text(text)
+        with pytest.raises(ValueError, match="generation.json is damaged"):
+            main([*QUICK, "--prompts", prompts, "--output", str(tmp_path)])

@@ -17,7 +17,7 @@ from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_folder, features_of_images, load_features
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.score_folders import main
-from localdit.evaluation.scores import METRICS, score_features
+from localdit.evaluation.scores import METRICS, append_scores, score_features
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_pat
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
     refused("b.png has 40 x 30 pixels and a.png 30 x 30; give --size")
-    assert features_of_folder(tmp_path, extractor, size=16).pictures["size"] == 16
+    assert features_of_folder(tmp_path, extractor, size=16).pictures["size"] == [16, 16]
     pictures = np.zeros((3, 8, 8, 3))
     pictures[1, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"Pictures \[1\] hold pixels that are no numbers"):
@@ -191,8 +191,59 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_pat
         ([], "There is nothing to do"),
         (["--real", "a", "--reference", "b"], "two of one"),
         (["--generated", "a", "--save_reference", "b"], "keeps the features of --real"),
+        (["--generated", "a", "--device", "mars"], "is not available here"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         main(["--extractor", "nothing", *arguments])
+
+
+def test_pictures_of_other_kinds_are_read_as_they_look_or_refused(tmp_path):
+    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    np.testing.assert_array_equal(np.asarray(read_rgb(tmp_path / "8.png")), np.asarray(read_rgb(tmp_path / "16.png")))
+    Image.fromarray(grey.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="no known range"):
+        read_rgb(tmp_path / "float.tiff")
+    Image.new("RGBA", (8, 8), (10, 20, 30, 255)).save(tmp_path / "opaque.png")
+    assert read_rgb(tmp_path / "opaque.png").getpixel((0, 0)) == (10, 20, 30)
+    Image.new("RGBA", (8, 8), (10, 20, 30, 40)).save(tmp_path / "glass.png")
+    with pytest.raises(ValueError, match="transparent in places"):
+        read_rgb(tmp_path / "glass.png")
+
+
+def test_files_of_other_kinds_are_told_of(tmp_path, caplog):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.gif")
+    assert len(list_images(tmp_path)) == 1
+    assert "1 files of other kinds are left out (such as b.gif)" in caplog.text
+
+
+def test_a_line_without_an_end_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "scores.jsonl"
+    path.write_text('{"metric": "kid"}')
+    append_scores(path, [{"metric": "fid"}])
+    append_scores(path, [{"metric": "cmmd"}])
+    assert [json.loads(line)["metric"] for line in path.read_text().splitlines()] == ["kid", "fid", "cmmd"]
+
+
+def test_sizes_that_differ_are_told_of(folders, extractor, caplog):
+    real = features_of_folder(folders["test"], extractor)
+    score_features(real, features_of_folder(folders["train"], extractor, size=16), ["kid"], resamples=0)
+    assert "The real pictures have 28 x 28 pixels and the generated ones 16 x 16" in caplog.text
+
+
+@pytest.mark.parametrize("resamples", [-5, 1])
+def test_too_few_resamples_are_refused(folders, extractor, resamples):
+    features = features_of_folder(folders["test"], extractor)
+    with pytest.raises(ValueError, match=f"resamples={resamples} make no interval"):
+        score_features(features, features, ["kid"], resamples=resamples)
+
+
+def test_keeping_features_leaves_files_beside_them_alone(folders, extractor, tmp_path):
+    (tmp_path / "keep.draft").write_text("mine")
+    features_of_folder(folders["test"], extractor).save(tmp_path / "keep.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keep.draft", "keep.safetensors"]
+    assert (tmp_path / "keep.draft").read_text() == "mine"

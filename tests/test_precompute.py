@@ -193,7 +193,7 @@ def test_the_cost_of_the_trainer_is_told_beside_a_bare_loop(frozen_run, capsys):
     assert list(ratios) == ["bare loop", "trainer, one batch", "trainer, precomputed", "trainer, pictures"]
     assert ratios["bare loop"] == 1 and all(ratio > 0.2 for ratio in ratios.values())
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 4 and all(" of the bare loop (" in line for line in told)
+    assert len(told) == 5 and all(" of the bare loop (" in line for line in told[:4])
     assert not Path(frozen_run.output_dir).exists()
 
 

@@ -76,6 +76,8 @@ def test_scoring_changes_nothing_in_the_training(scores, tmp_path):
         ({"extractor": None}, "needs scores.extractor and scores.reference"),
         ({"reference": "nothing.safetensors"}, "holds no features"),
         ({"prompts": None}, "scores.prompts=None is no file"),
+        ({"pictures": 4}, "4 pictures are too few"),
+        ({"pictures": 8, "metrics": ("fid",)}, "FID of 8 pictures in 8 features"),
     ],
 )
 def test_what_cannot_be_scored_is_told_before_the_first_step(scores, tmp_path, changes, message):

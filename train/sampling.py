@@ -1,5 +1,6 @@
 """Pictures drawn while a run goes on: a sheet to look at, and a fixed set to score."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from PIL import Image
 from config import TrainConfig
 from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_images, load_features
-from localdit.evaluation.scores import check_comparable, score_features
+from localdit.evaluation.scores import check_comparable, check_wanted, score_features
 from train.components import Networks
 from train.stopping import StopSignals
 
@@ -72,7 +73,10 @@ class SampleScores:
             raise ImportError("scores.every needs the package torchmetrics; pip install torchmetrics.") from error
         self.extractor = load_extractor(scores.extractor, str(device))
         self.reference = load_features(scores.reference)
-        check_comparable(self.reference, features_of_images([Image.new("RGB", (8, 8))], self.extractor))
+        like = features_of_images([Image.new("RGB", (8, 8))], self.extractor)
+        drawn = replace(like, values=like.values.repeat(scores.pictures, axis=0), pictures=self.reference.pictures)
+        check_comparable(self.reference, drawn)
+        check_wanted(list(scores.metrics), self.reference, drawn, force=False)
         self.prompts = self._read_prompts() if networks.tokenizer is not None else []
 
     def _read_prompts(self) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from localdit.command_line import Parser, best_device, counting_number
+from localdit.command_line import Parser, best_device, check_device, counting_number
 from localdit.evaluation.extractors import TransformersExtractor, pooled
 from localdit.evaluation.features import about
 from localdit.evaluation.generation import read_generation
@@ -63,7 +63,9 @@ def read_pairs(folder: str | Path) -> list[tuple[Path, str]]:
         for number, line in enumerate((folder / PROMPTS).read_text().splitlines(), start=1):
             try:
                 entry = json.loads(line)
-                listed[folder / entry["file"]] = str(entry["prompt"])
+                if not isinstance(entry["prompt"], str):
+                    raise TypeError(f"the prompt is {entry['prompt']!r}")
+                listed[folder / entry["file"]] = entry["prompt"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f'{folder / PROMPTS} has no {{"file": ..., "prompt": ...}} in line {number} ({error}); mend it.'
@@ -107,6 +109,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch_size", type=counting_number, default=32)
     parser.add_argument("--device", default=best_device())
     options = parser.parse_args(arguments)
+    check_device(options.device, "float32")
+    read_pairs(options.folder)  # before the model is loaded
     record = score_alignment(options.folder, AlignmentModel(options.model, options.device), options.batch_size)
     record |= {"versions": versions(), "real": None, "generation": read_generation(options.folder)}
     output = options.output or Path(options.folder).resolve().parent / FILE

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from localdit.command_line import shortened
 from localdit.evaluation.digit_extractor import FILE as DIGITS_FILE
 from localdit.evaluation.digit_extractor import load_digit_network
 from localdit.evaluation.images import RESIZE
@@ -93,7 +94,9 @@ class TransformersExtractor:
             self.processor: Any = AutoImageProcessor.from_pretrained(source)
             self.model: Any = AutoModel.from_pretrained(source, dtype=torch.float32).to(device).eval()
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = shortened(" ".join(str(error).split()))
+            if isinstance(error, OSError) and not Path(source).is_dir():
+                reason = "it is no folder here, and the Hugging Face Hub has no such model or cannot be reached"
             raise ValueError(
                 f"The extractor {source!r} cannot be loaded ({reason}); give {INCEPTION!r}, or the folder or Hub id of "
                 "an image encoder of transformers or of train-extractor."

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from localdit.evaluation.extractors import FeatureExtractor
-from localdit.evaluation.images import list_images, read_sized, to_images
+from localdit.evaluation.files import write_whole
+from localdit.evaluation.images import list_images, read_rgb, read_sized, to_images
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Features:
         values: [N, D].
         logits: of classes, [N, K], from extractors that know some.
         extractor: its name, family, sha256, dimension and preprocessing.
-        pictures: their source, count, formats, and the size that they were brought to (None: their own).
+        pictures: their source, count, formats, and size in pixels.
     """
 
     values: np.ndarray
@@ -38,11 +39,9 @@ class Features:
     def save(self, path: str | Path) -> None:
         """Write them to a .safetensors file, under its name when it is whole."""
         arrays = {"values": self.values} | ({"logits": self.logits} if self.logits is not None else {})
-        draft = Path(path).with_suffix(".draft")
-        draft.parent.mkdir(parents=True, exist_ok=True)
         told = {"extractor": json.dumps(self.extractor), "pictures": json.dumps(self.pictures)}
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, draft, told)
-        draft.replace(path)
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        write_whole(Path(path).parent, Path(path).name, lambda draft: save_file(arrays, draft, told))
 
 
 def load_features(path: str | Path) -> Features:
@@ -72,7 +71,7 @@ def features_of_images(
     if not pictures:
         raise ValueError("There are no pictures; give at least one.")
     extracted = [extractor(pictures[first : first + batch_size]) for first in range(0, len(pictures), batch_size)]
-    told = {"source": "memory", "count": len(pictures), "formats": [], "size": None}
+    told = {"source": "memory", "count": len(pictures), "formats": [], "size": list(pictures[0].size)}
     return Features(*joined(extracted), about(extractor), told)
 
 
@@ -99,10 +98,12 @@ def features_of_folder(
             batch = []
     if batch:
         extracted.append(extractor(batch))
-    parts = [joined(extracted)] if state.num_processes == 1 else gather_object([joined(extracted)])
+    mine = joined(extracted) if extracted else (None, None)  # there may be more processes than pictures
+    parts = [mine] if state.num_processes == 1 else gather_object([mine])
     values, logits = (interleaved([part[index] for part in parts]) for index in (0, 1))
     formats = sorted({path.suffix.lower().lstrip(".") for path in paths})
-    told = {"source": str(folder), "count": len(paths), "formats": formats, "size": size}
+    sides = [size, size] if size is not None else list(read_rgb(paths[0]).size)
+    told = {"source": str(folder), "count": len(paths), "formats": formats, "size": sides}
     return Features(values, logits, about(extractor), told)
 
 
@@ -118,6 +119,7 @@ def interleaved(parts: list) -> Any:
     """The rows that processes took in turns, in their order again; None of None."""
     if parts[0] is None:
         return None
+    parts = [part for part in parts if part is not None]
     rows = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
     for index, part in enumerate(parts):
         rows[index :: len(parts)] = part

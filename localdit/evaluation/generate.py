@@ -14,11 +14,24 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from localdit.command_line import DTYPES, Parser, best_device, check_device, counting_number, load_pipeline, seed_number
-from localdit.evaluation.generation import FILE
-from localdit.evaluation.prompt_sets import LAYOUTS, Entry, export, missing, read_prompts, write_whole
+from localdit.command_line import (
+    DTYPES,
+    Parser,
+    best_device,
+    check_device,
+    check_folder,
+    counting_number,
+    load_pipeline,
+    seed_number,
+    start_process,
+)
+from localdit.evaluation.files import write_whole
+from localdit.evaluation.generation import FILE, load_settings
+from localdit.evaluation.images import SUFFIXES
+from localdit.evaluation.prompt_sets import LAYOUTS, Entry, export, missing, read_prompts
 from localdit.evaluation.scores import versions
 
+USUAL = {"geneval": 4, "dpg-bench": 4, "t2i-compbench": 10}  # pictures of a prompt
 CALL = ("height", "width", "num_inference_steps", "guidance_scale")
 
 
@@ -66,9 +79,8 @@ def pictures_of_prompts(
             yield drawn[first : first + per_prompt]
 
 
-def draw_prompts(draw: Drawer, options: Any, state: PartialState) -> None:
+def draw_prompts(draw: Drawer, entries: list[Entry], options: Any, state: PartialState) -> None:
     """Draw what is missing of a set of prompts."""
-    entries = read_prompts(options.prompts, options.layout)
     absent = missing(entries, options.output, options.layout, options.per_prompt)
     own = absent[state.process_index :: state.num_processes]
     export(own, pictures_of_prompts(draw, own, options.per_prompt, options.batch_size), options.output, options.layout)
@@ -77,8 +89,6 @@ def draw_prompts(draw: Drawer, options: Any, state: PartialState) -> None:
 def draw_classes(draw: Drawer, options: Any, state: PartialState) -> None:
     """Draw what is missing of `per_class` pictures of each class, named CLASS-NUMBER.png."""
     classes = draw.pipeline.transformer.config.num_classes
-    if not classes:
-        raise ValueError(f"--model {options.model!r} knows no classes; give --prompts.")
     whole = [(label, number) for label in range(classes) for number in range(options.per_class)]
     names = [f"{label:04}-{number:05}.png" for label, number in whole]
     absent = [place for place, name in enumerate(names) if not (Path(options.output) / name).is_file()]
@@ -105,9 +115,12 @@ def settings_of(draw: Drawer, options: Any) -> dict[str, Any]:
 
 def check_same(path: Path, settings: dict[str, Any]) -> None:
     """Raise a ValueError where a folder holds pictures of other settings."""
+    folder = path.parent
     if not path.is_file():
+        if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*")):
+            raise ValueError(f"--output {str(folder)!r} holds pictures of others; choose a folder of its own.")
         return
-    before = json.loads(path.read_text())
+    before = load_settings(path)
     if differing := [name for name, value in settings.items() if before.get(name) != json.loads(json.dumps(value))]:
         name = differing[0]
         raise ValueError(
@@ -123,7 +136,7 @@ def parser() -> Parser:
     what.add_argument("--prompts", help="file, or folder, of prompts")
     what.add_argument("--per_class", type=counting_number, help="pictures of each class")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="lines", help="of the prompts and of the pictures")
-    parser.add_argument("--per_prompt", type=counting_number, default=1)
+    parser.add_argument("--per_prompt", type=counting_number, help="by default as many as the benchmark scores, or 1")
     parser.add_argument("--output", required=True, help="folder of the pictures; those that are there stay")
     parser.add_argument("--height", type=counting_number)
     parser.add_argument("--width", type=counting_number)
@@ -138,23 +151,32 @@ def parser() -> Parser:
 
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
-    state = PartialState(cpu=options.device == "cpu")
-    options.device = str(state.device) if state.num_processes > 1 else options.device
+    state, options.device = start_process(options.device)
     check_device(options.device, options.dtype)
+    check_folder("--output", options.output)
+    options.per_prompt = options.per_prompt or USUAL.get(options.layout, 1)
+    entries = read_prompts(options.prompts, options.layout) if options.prompts else []
     draw = Drawer(load_pipeline(DiffusionPipeline, options.model, options.device, options.dtype), options)
     draw.pipeline.set_progress_bar_config(disable=True)
+    if not options.prompts and not getattr(draw.pipeline.transformer.config, "num_classes", None):
+        raise ValueError(f"--model {options.model!r} knows no classes; give --prompts.")
     path, settings = Path(options.output) / FILE, settings_of(draw, options)
     check_same(path, settings)
     if state.is_main_process and not path.is_file():
         write_whole(path.parent, FILE, lambda draft: draft.write_text(json.dumps(settings)))
     state.wait_for_everyone()
-    (draw_prompts if options.prompts else draw_classes)(draw, options, state)
+    if options.prompts:
+        draw_prompts(draw, entries, options, state)
+    else:
+        draw_classes(draw, options, state)
     spent = [(draw.seconds, draw.pictures, draw.peak_bytes())]
     spent = gather_object(spent) if state.num_processes > 1 else spent
     if not state.is_main_process or not sum(pictures for _, pictures, _ in spent):
         return
     seconds = sum(seconds for seconds, _, _ in spent) / sum(pictures for _, pictures, _ in spent)
     measured = {"device": options.device, "seconds_per_image": seconds, "peak_memory_bytes": max(p for *_, p in spent)}
+    before = load_settings(path)  # the cost of a whole folder says more than that of what was missing of it
+    measured = {name: before.get(name, value) for name, value in measured.items()}
     told = json.dumps({**settings, **measured}, indent=2) + "\n"
     write_whole(path.parent, FILE, lambda draft: draft.write_text(told))
     print(options.output)

@@ -15,8 +15,16 @@ def read_generation(folder: str | Path) -> dict[str, Any] | None:
     """
     for path in (Path(folder) / FILE, Path(folder).resolve().parent / FILE):
         if path.is_file():
-            try:
-                return json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}); take it away, or draw the pictures again.") from error
+            return load_settings(path)
     return None
+
+
+def load_settings(path: Path) -> dict[str, Any]:
+    """What a generation.json holds; raises a ValueError where it is damaged."""
+    try:
+        settings = json.loads(path.read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); take it away, or draw the pictures again.") from error
+    return settings

@@ -1,5 +1,6 @@
 """Pictures of a folder, read one by one in a fixed order."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+OTHERS = {".gif", ".avif", ".heic", ".jp2", ".npy", ".npz"}  # pictures, too, perhaps
 RESIZE = "PIL bicubic"  # which averages over all that a pixel covers
 
 
@@ -21,6 +25,9 @@ def list_images(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; give one with pictures.")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    others = [path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in OTHERS]
+    if others:
+        logger.warning("%d files of other kinds are left out (such as %s).", len(others), others[0].name)
     if not found:
         raise ValueError(f"{str(folder)!r} holds no picture; give a folder of {', '.join(sorted(SUFFIXES))} files.")
     return found
@@ -34,9 +41,14 @@ def read_rgb(path: str | Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.mode == "F" and not np.isfinite(np.asarray(image)).all():
-                raise ValueError("it has pixels that are no numbers")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode in ("I", "F"):
+                raise ValueError("its pixels have no known range; save it with 8 or 16 bits a channel")
+            if upright.mode.startswith("I;16"):
+                upright = Image.fromarray((np.asarray(upright) // 257).astype(np.uint8))
+            if upright.has_transparency_data and np.asarray(upright.convert("RGBA"))[..., 3].min() < 255:
+                raise ValueError("it is transparent in places; put it on a background")
+            return upright.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{str(path)!r} cannot be read as a picture ({error}); mend it or take it away.") from error
 

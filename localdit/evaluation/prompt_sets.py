@@ -1,8 +1,7 @@
 """Benchmarks' prompts, and the folders of pictures that their own scorers read."""
 
 import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 
 from localdit.command_line import shortened
+from localdit.evaluation.files import write_whole
 from localdit.evaluation.images import read_rgb
 
 LONGEST_NAME = 255  # bytes of a file name, on Linux
@@ -263,16 +263,6 @@ def export(entries: Sequence[Entry], pictures: Iterable[list[Image.Image]], fold
             write_whole(folder, name, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
         for name, image in zip(chosen.pictures(entry, per_prompt), composed, strict=True):
             write_whole(folder, name, lambda draft, image=image: image.save(draft, format="PNG"))
-
-
-def write_whole(folder: Path, name: str, write: Callable[[Path], Any]) -> None:
-    """Write a file in the folder, which has its name when it is whole."""
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # beside the pictures, a draft that a kill left behind would be scored, or stop T2I-CompBench's scorers
-    draft = folder / f".{os.getpid()}.draft"
-    write(draft)
-    draft.replace(path)
 
 
 def find_layout(name: str) -> Layout:

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
-from localdit.command_line import Parser, best_device, counting_number
+from localdit.command_line import Parser, best_device, check_device, check_file, counting_number, start_process
 from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_folder, load_features
 from localdit.evaluation.generation import read_generation
@@ -46,8 +44,12 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"--save_reference {options.save_reference!r} exists; choose another file.")
     if not options.generated and not options.save_reference:
         raise ValueError("There is nothing to do; give --generated, or --real with --save_reference.")
-    state = PartialState(cpu=options.device == "cpu")
-    device = str(state.device) if state.num_processes > 1 else options.device
+    state, device = start_process(options.device)
+    check_device(device, "float32")
+    output = options.output or Path(options.generated or ".").resolve().parent / FILE
+    check_file("--output", output)
+    if options.save_reference:
+        check_file("--save_reference", options.save_reference)
     extractor = load_extractor(options.extractor, device, options.weights)
     real = load_features(options.reference) if options.reference else None
     if options.real:
@@ -61,7 +63,6 @@ def main(arguments: list[str]) -> None:
         return
     generation = read_generation(options.generated)
     records = score_features(real, generated, options.metrics, generation, options.resamples, options.force)
-    output = options.output or Path(options.generated).resolve().parent / FILE
     append_scores(output, records)
     for record in records:
         print(told(record))

@@ -57,6 +57,8 @@ def score_features(
     Raises:
         ValueError: where two extractors were used, a metric does not fit, or there are too few pictures.
     """
+    if resamples < 0 or resamples == 1:
+        raise ValueError(f"resamples={resamples} make no interval; give 0 for none, or at least 2.")
     if unknown := sorted(set(metrics or ()) - set(METRICS)):
         raise ValueError(f"metrics={unknown} are not known; choose among {', '.join(METRICS)}.")
     check_comparable(real, generated)
@@ -163,6 +165,11 @@ def check_comparable(real: Features | None, generated: Features) -> None:
                 f"{real.extractor[name][:40]}) and those of the generated ones of {generated.extractor['name']!r} "
                 f"({generated.extractor[name][:40]}); make both by one extractor."
             )
+    if real.pictures.get("size") != generated.pictures.get("size"):
+        logger.warning(
+            "The real pictures have %s pixels and the generated ones %s; give --size to compare them at one size.",
+            *(" x ".join(map(str, each.pictures.get("size") or ["?"])) for each in (real, generated)),
+        )
 
 
 def why_not_fid(real: Features, generated: Features) -> str | None:
@@ -185,7 +192,7 @@ def check_wanted(wanted: list[str], real: Features | None, generated: Features, 
         )
     against_real = [name for name in wanted if name != "inception_score"]
     if against_real and real is None:
-        raise ValueError(f"{', '.join(against_real)} compare with real pictures; give --real or --reference.")
+        raise ValueError(f"{', '.join(against_real)} needs real pictures to compare with; give --real or --reference.")
     if real is None:
         return
     if against_real and (fewest := min(len(real.values), len(generated.values))) <= NEIGHBOURS:
@@ -211,5 +218,7 @@ def fitting(real: Features | None, generated: Features, force: bool) -> list[str
 def append_scores(path: str | Path, records: list[dict[str, Any]]) -> None:
     """Add records to a file of JSON lines."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    cut = Path(path).is_file() and not Path(path).read_bytes().endswith(b"\n")  # by a kill, or an editor
     with Path(path).open("a") as file:
+        file.write("\n" if cut and Path(path).stat().st_size else "")
         file.writelines(json.dumps(record) + "\n" for record in records)
