@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from localdit import LocalDiTClassPipeline
 from localdit.command_line import PRETRAINED
 from localdit.evaluation.generate import main
 from localdit.evaluation.generation import read_generation
@@ -85,3 +88,22 @@ def test_damaged_settings_are_told_by_name(prompts, tmp_path):
         (tmp_path / "generation.json").write_text(text)
         with pytest.raises(ValueError, match="generation.json is damaged"):
             main([*QUICK, "--prompts", prompts, "--output", str(tmp_path)])
+
+
+def test_every_class_gets_its_pictures(tiny_transformer, tmp_path):
+    pipeline = LocalDiTClassPipeline(
+        vae=None,
+        transformer=tiny_transformer(caption_channels=None, num_classes=3, in_channels=1),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
+        call_defaults={"num_inference_steps": 2, "guidance_scale": 1.0},
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    model = ["--model", str(tmp_path / "model"), "--device", "cpu"]
+    main([*model, "--per_class", "2", "--output", str(tmp_path / "pictures"), "--batch_size", "4"])
+    names = sorted(path.name for path in (tmp_path / "pictures").glob("*.png"))
+    assert names == [f"{label:04}-{number:05}.png" for label in range(3) for number in range(2)]
+    drawn = pipeline(class_labels=[1], generator=[torch.Generator().manual_seed(3)]).images[0]
+    found = Image.open(tmp_path / "pictures" / "0001-00001.png")
+    assert np.abs(np.asarray(found).astype(int) - np.asarray(drawn)).max() <= 2
+    told = read_generation(tmp_path / "pictures")
+    assert told is not None and told["per_class"] == 2 and told["num_inference_steps"] == 2
