@@ -346,7 +346,7 @@ def test_what_is_no_run_is_refused(make_run, make_page, tmp_path):
         ([empty], "empty' has no scores.jsonl"),
         ([unscored], "holds no score"),
         ([run, run / ".." / "a"], "is given twice"),
-        ([damaged], "generation.json of '"),
+        ([damaged], "generation.json is damaged (it is no JSON object)"),
     ]:
         with pytest.raises(ValueError) as refusal:
             make_page(*folders)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from localdit.evaluation.generation import FILE as GENERATION
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.scores import FILE as SCORES
 
@@ -74,10 +73,6 @@ def read_run(name: str, folder: Path) -> Run:
     if not file.is_file():
         raise ValueError(f"{str(folder)!r} has no {SCORES}; score its pictures with python -m localdit.evaluation.")
     generation = read_generation(folder / IMAGES) or {}
-    if not isinstance(generation, dict):
-        raise ValueError(
-            f"{GENERATION} of {str(folder)!r} is no JSON object; draw the pictures again, or take it away."
-        )
     scores: dict[Row, Score] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         if line.strip():
