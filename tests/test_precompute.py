@@ -189,11 +189,16 @@ def test_labels_and_sizes_are_kept_and_what_cannot_be_read_is_left_out(tmp_path,
 
 
 def test_the_cost_of_the_trainer_is_told_beside_a_bare_loop(frozen_run, capsys):
-    ratios = benchmark(TrainBenchmarkConfig(run=frozen_run, rounds=2, steps=1))
+    ratios = benchmark(TrainBenchmarkConfig(run=frozen_run, rounds=2, steps=1, peak_tflops=1.0))
     assert list(ratios) == ["bare loop", "trainer, one batch", "trainer, precomputed", "trainer, pictures"]
     assert ratios["bare loop"] == 1 and all(ratio > 0.2 for ratio in ratios.values())
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 5 and all(" of the bare loop (" in line for line in told[:4])
+    operations = 1e12 * float(told[4].split(" TFLOP a step")[0].rsplit(" ", 1)[1])
+    # two blocks of 12 D² weights beside cross-attention, 16 tokens, 4 pictures; forward and backward take 6 for each
+    least = 6 * 2 * 12 * 24**2 * 16 * 4
+    assert least < operations < 3 * least
+    assert told[4].endswith("% of 1")
     assert not Path(frozen_run.output_dir).exists()
 
 
