@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from localdit.data.labelled_images import load_labelled_images
-from localdit.evaluation.class_judge import ClassJudge, frechet_distance, precision_recall
+from localdit.evaluation.class_judge import ClassJudge, precision_recall
+from localdit.evaluation.distances import frechet_distance
 from localdit.evaluation.intervals import rate_interval
 
 

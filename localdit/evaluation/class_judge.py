@@ -7,6 +7,7 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 
+from localdit.evaluation.distances import frechet_distance
 from localdit.evaluation.intervals import rate_interval
 
 NEIGHBOURS = 3  # of the manifold estimate, as in arXiv 1904.06991
@@ -55,14 +56,6 @@ class ClassJudge:
             "recall": recall,
             "diversity": spread(features, np.asarray(labels)) / spread(self.reference, self.labels),
         }
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """|m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the Gaussians fitted to two sets of features [N, D]."""
-    (mean1, cov1), (mean2, cov2) = ((one.mean(0), np.cov(one, rowvar=False)) for one in (first, second))
-    # a root's trace is the sum of the roots of the eigenvalues, which the product of two covariances has real and >= 0
-    root_trace = np.sqrt(np.linalg.eigvals(cov1 @ cov2).real.clip(min=0)).sum()
-    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1 + cov2) - 2 * root_trace)
 
 
 def precision_recall(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
