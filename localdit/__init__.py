@@ -14,7 +14,8 @@ import diffusers
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 
 from localdit.hub import push_to_hub
-from localdit.models.transformer_localdit import LocalDiTBlock, LocalDiTTransformer2DModel
+from localdit.models.block import LocalDiTBlock
+from localdit.models.transformer_localdit import LocalDiTTransformer2DModel
 from localdit.version import VERSION
 
 __version__ = VERSION

@@ -20,7 +20,7 @@ from localdit.mixers.sliding_window import SlidingWindowAttnProcessor
 from localdit.mixers.ssm import BidirectionalSSMProcessor
 from localdit.mixers.window import WindowAttnProcessor
 from localdit.models.attention import LocalDiTAttention
-from localdit.models.transformer_localdit import LocalDiTBlock
+from localdit.models.block import LocalDiTBlock
 
 # the released model's size
 HEADS, HEAD_DIM, TEXT_TOKENS = 16, 72, 120
