@@ -86,15 +86,18 @@ class LocalDiTTextInputMixin:
                 "This pipeline has no text_encoder to encode the (negative) prompt with; give both prompt_embeds and "
                 "negative_prompt_embeds, or guidance_scale=1."
             )
+        distinct = list(dict.fromkeys(texts))
         tokens = self.tokenizer(
-            texts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+            distinct, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
         )
-        lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
-        for text, length in zip(texts, lengths, strict=True):
+        lengths = [len(ids) for ids in self.tokenizer(distinct, verbose=False).input_ids]
+        for text, length in zip(distinct, lengths, strict=True):
             if length > max_sequence_length:
                 logger.warning(f"Only the first {max_sequence_length} of {length} tokens are used of {text!r}.")
         mask = tokens.attention_mask.to(device)
-        return self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0], mask
+        states = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        places = torch.tensor([distinct.index(text) for text in texts], device=device)
+        return states[places], mask[places]
 
     def transformer_conditions(self, conditions: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The conditions by the transformer's names; with guidance the negative ones come before the others."""
@@ -102,7 +105,15 @@ class LocalDiTTextInputMixin:
         if self.do_classifier_free_guidance:
             embeds = torch.cat((conditions["negative_prompt_embeds"], embeds))
             mask = torch.cat((conditions["negative_prompt_attention_mask"], mask))
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+        # columns that no text keeps cost time and change nothing
+        kept = mask.bool().any(dim=0).nonzero()
+        length = _rounded_up(int(kept[-1]) + 1 if len(kept) else 1, mask.shape[1])
+        return {"encoder_hidden_states": embeds[:, :length], "encoder_attention_mask": mask[:, :length]}
+
+
+def _rounded_up(length: int, longest: int) -> int:
+    """The next multiple of 8, so that a compiled transformer meets few different lengths, but at most `longest`."""
+    return min(-(-length // 8) * 8, longest)
 
 
 def _repeat_rows(

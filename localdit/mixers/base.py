@@ -1,5 +1,8 @@
 """The contract a token mixer signs: image tokens in, image tokens out, the grid as an argument."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -8,6 +11,17 @@ from localdit.models.checks import check_real
 from localdit.models.rope import grid_positions, rotary_table, rotate
 
 # B batch, N tokens (grid height * grid width), H heads, D head dim
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Tokens that a mixer takes by themselves.
+
+    Attributes:
+        tokens: which of the row-major tokens, in the order in which they are given, shape [n].
+    """
+
+    tokens: torch.Tensor
 
 
 class TokenMixer(nn.Module):
@@ -25,6 +39,8 @@ class TokenMixer(nn.Module):
 
     # names of parameters that the optimizer is to move slowly and without weight decay
     slow_parameters: tuple[str, ...] = ()
+    # whether tokens meet in small sets only, so that `runs` can name them and `forward` take one
+    local: bool = False
 
     _attention_backend = None
     _parallel_config = None
@@ -51,6 +67,21 @@ class TokenMixer(nn.Module):
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the mixed values [B, N, H, D] of query, key and value [B, N, H, D]."""
+        raise NotImplementedError
+
+    def runs(
+        self, bands: Iterable[torch.Tensor], grid: tuple[int, int], chunk_tokens: int, device: torch.device
+    ) -> Iterator[TokenRun]:
+        """Runs of about `chunk_tokens` of the grid's tokens, of which none meets a token of another run.
+
+        A local mixer's `forward` takes such a run as its last argument, beside the tokens [B, n, C] that it names.
+
+        Args:
+            bands: all tokens of the grid, some rows [B, n, C] at a time, for a mixer that sums them up beforehand.
+            grid: (height, width) in tokens.
+            chunk_tokens: tokens of a run, of each picture.
+            device: of the tokens.
+        """
         raise NotImplementedError
 
     def rotate(self, positions: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:

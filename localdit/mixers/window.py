@@ -1,6 +1,6 @@
 """Window attention: the grid is cut into small rectangles, and tokens attend inside their own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from localdit.mixers.base import TokenMixer
+from localdit.mixers.base import TokenMixer, TokenRun
 from localdit.models.attention import LocalDiTAttention, attend
 from localdit.models.checks import check_bool, check_whole
 from localdit.models.rope import grid_positions
@@ -58,6 +58,33 @@ class WindowLayout:
                 run = WindowShape(shape.height, shape.width, min(windows, shape.count - first))
                 yield start, (run,)
                 start += run.count * run.tokens
+
+
+@dataclass(frozen=True)
+class PooledGrid:
+    """A grid's tokens, averaged over the cells of a coarse grid.
+
+    Attributes:
+        states: the averages, shape [B, G, C].
+        centres: row and column of each cell's centre, in tokens of the grid, shape [G, 2].
+    """
+
+    states: torch.Tensor
+    centres: torch.Tensor
+
+
+@dataclass(frozen=True)
+class WindowRun(TokenRun):
+    """Some windows of one shape. Its tensors say how many and how large, so that one graph serves many.
+
+    Attributes:
+        positions: row and column of a window's tokens, counted from its corner, shape [n, 2]; with global context,
+            which stands outside of it, those of every window on the grid, shape [W, n, 2].
+        pooled: the whole grid, where the mixer has global context.
+    """
+
+    positions: torch.Tensor
+    pooled: PooledGrid | None
 
 
 def cut_axis(length: int, window_size: int, shift: int) -> dict[int, list[int]]:
@@ -114,6 +141,8 @@ class WindowAttnProcessor(TokenMixer):
         ValueError: for a window, shift or context size out of range, or an unknown schedule.
     """
 
+    local = True
+
     def __init__(
         self,
         num_attention_heads: int,
@@ -142,22 +171,62 @@ class WindowAttnProcessor(TokenMixer):
             # tells a pooled token from a token of the window
             self.context_embedding = nn.Parameter(torch.zeros(num_attention_heads * attention_head_dim))
 
-    def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Mix [B, N, C] window by window: one gather in, one scatter out, and between them no token is moved."""
+    def forward(
+        self,
+        attn: LocalDiTAttention,
+        hidden_states: torch.Tensor,
+        grid: tuple[int, int],
+        run: WindowRun | None = None,
+    ) -> torch.Tensor:
+        """Mix [B, N, C] window by window: one gather in, one scatter out, and between them no token is moved.
+
+        Or mix the windows of one `run`, [B, n, C].
+        """
+        if run is not None:
+            return self.mix_runs(attn, hidden_states, [run])
         # neither a graph nor a fake tensor may leave its own layout to others
         cacheable = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
-        layout_of = cached_window_layout if cacheable else build_window_layout
-        layout = layout_of(*grid, self.window_size, self.shift, hidden_states.device)
-        context = self.pool_context(attn, hidden_states, grid) if self.global_context else None
-        positions = grid_positions(*grid, device=hidden_states.device)[layout.order] if context is not None else None
+        layout = self.layout(grid, hidden_states.device, cacheable)
+        pooled = self.pool([hidden_states], grid)
         hidden_states = hidden_states.index_select(1, layout.order)
-
         mixed = []
         for start, shapes in layout.runs(self.chunk_tokens(hidden_states)):
-            stop = start + sum(shape.count * shape.tokens for shape in shapes)
-            run_positions = positions[start:stop] if positions is not None else None
-            mixed.append(self.mix_run(attn, hidden_states[:, start:stop], shapes, run_positions, context))
+            runs = list(self.window_runs(layout, start, shapes, grid, pooled))
+            stop = start + sum(len(run.tokens) for run in runs)
+            mixed.append(self.mix_runs(attn, hidden_states[:, start:stop], runs))
         return torch.cat(mixed, dim=1).index_select(1, layout.place)
+
+    def layout(self, grid: tuple[int, int], device: torch.device, cacheable: bool) -> WindowLayout:
+        """The windows of a grid in this layer."""
+        layout_of = cached_window_layout if cacheable else build_window_layout
+        return layout_of(*grid, self.window_size, self.shift, device)
+
+    def runs(
+        self, bands: Iterable[torch.Tensor], grid: tuple[int, int], chunk_tokens: int, device: torch.device
+    ) -> Iterator[WindowRun]:
+        pooled = self.pool(bands, grid)
+        layout = self.layout(grid, device, cacheable=not torch.compiler.is_compiling())
+        for start, shapes in layout.runs(chunk_tokens):
+            yield from self.window_runs(layout, start, shapes, grid, pooled)
+
+    def window_runs(
+        self,
+        layout: WindowLayout,
+        start: int,
+        shapes: tuple[WindowShape, ...],
+        grid: tuple[int, int],
+        pooled: PooledGrid | None,
+    ) -> Iterator[WindowRun]:
+        """One run for each shape, from place `start` of the sorted sequence on."""
+        for shape in shapes:
+            tokens = layout.order[start : start + shape.count * shape.tokens]
+            start += len(tokens)
+            if pooled is None:
+                # RoPE sees differences only, so one table counted from the corner serves every window
+                positions = grid_positions(shape.height, shape.width, device=tokens.device)
+            else:
+                positions = torch.stack((tokens // grid[1], tokens % grid[1]), dim=-1).unflatten(0, (-1, shape.tokens))
+            yield WindowRun(tokens, positions, pooled)
 
     def chunk_tokens(self, hidden_states: torch.Tensor) -> int | None:
         """Tokens per picture in one run, or None for all at once: in training, in a graph, off the CPU."""
@@ -165,40 +234,28 @@ class WindowAttnProcessor(TokenMixer):
             return None
         return max(1, CHUNK_TOKENS // max(1, hidden_states.shape[0]))
 
-    def mix_run(
-        self,
-        attn: LocalDiTAttention,
-        hidden_states: torch.Tensor,
-        shapes: tuple[WindowShape, ...],
-        positions: torch.Tensor | None,
-        context: tuple[torch.Tensor, torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """Project, attend and project back a run of whole windows [B, tokens of the run, C]."""
-        query, key, value = attn.to_query_key_value(hidden_states)
-        mixed, start = [], 0
-        for shape in shapes:
-            part = slice(start, start + shape.count * shape.tokens)
-            start = part.stop
-            split = (shape.count, shape.tokens)
-            windows = [states[:, part].unflatten(1, split) for states in (query, key, value)]  # [B, W, n, H, D]
-            if positions is None:
-                # RoPE sees differences only, so one table counted from the corner serves every window.
-                window_positions = grid_positions(shape.height, shape.width, device=query.device)
-            else:
-                window_positions = positions[part].unflatten(0, split)
-            mixed.append(self.mix_windows(*windows, shape, window_positions, context).flatten(1, 2))
-        return attn.to_output(torch.cat(mixed, dim=1) if len(mixed) > 1 else mixed[0])
+    def mix_runs(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, runs: list[WindowRun]) -> torch.Tensor:
+        """Project the tokens of some runs [B, n, C], attend inside their windows and project back."""
+        pooled = runs[0].pooled
+        context = None if pooled is None else self.context(attn, pooled)
+        states = attn.to_query_key_value(hidden_states)
+        if len(runs) == 1:
+            return attn.to_output(self.mix_windows(*states, runs[0].positions, context))
+        parts = zip(*(state.split([len(run.tokens) for run in runs], dim=1) for state in states), strict=True)
+        mixed = [self.mix_windows(*part, run.positions, context) for run, part in zip(runs, parts, strict=True)]
+        return attn.to_output(torch.cat(mixed, dim=1))
 
     def mix_windows(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        shape: WindowShape,
         positions: torch.Tensor,
         context: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """Attend inside windows of one shape, [B, W, n, H, D] to [B, W, n, H, D]."""
+        """Attend inside windows of one shape, [B, W * n, H, D] to [B, W * n, H, D]."""
+        tokens = positions.shape[-2]
+        query, key, value = (states.unflatten(1, (-1, tokens)) for states in (query, key, value))  # [B, W, n, H, D]
         query, key = self.rotate(positions, query, key)
         if context is not None:
             windows = query.shape[1]
@@ -206,33 +263,37 @@ class WindowAttnProcessor(TokenMixer):
                 torch.cat((own, pooled[:, None].expand(-1, windows, -1, -1, -1)), dim=2)  # [B, W, n + G, H, D]
                 for own, pooled in zip((key, value), context, strict=True)
             )
-        bias = self.relative_position_bias(shape, key.shape[2], query.dtype)
+        bias = self.relative_position_bias(positions, key.shape[2], query.dtype)
         mixed = attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), bias, self)
-        return mixed.unflatten(0, query.shape[:2])
+        return mixed.unflatten(0, query.shape[:2]).flatten(1, 2)
 
-    def pool_context(
-        self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value [B, G, H, D] of the grid's tokens [B, N, C], averaged over a coarse grid of cells."""
-        cells = min(self.global_context, grid[0]), min(self.global_context, grid[1])
-        planes = hidden_states.mT.unflatten(-1, grid)  # [B, C, height, width]
-        pooled = F.adaptive_avg_pool2d(planes, cells).flatten(2).mT  # [B, G, C]
-        _, key, value = attn.to_query_key_value(pooled + self.context_embedding)
-        # a cell stands at its centre, in tokens of the grid
-        scale = torch.tensor([side / count for side, count in zip(grid, cells, strict=True)], device=key.device)
-        centres = (grid_positions(*cells, device=key.device) + 0.5) * scale - 0.5
-        (key,) = self.rotate(centres, key)
+    def pool(self, bands: Iterable[torch.Tensor], grid: tuple[int, int]) -> PooledGrid | None:
+        """Average the grid's tokens, given some rows [B, n, C] at a time; None without global context."""
+        if not self.global_context:
+            return None
+        rows, columns = cells = min(self.global_context, grid[0]), min(self.global_context, grid[1])
+        # first along each row, so that the bands need not be there together
+        planes = (band.mT.unflatten(-1, (-1, grid[1])) for band in bands)  # [B, C, some rows, width]
+        across = torch.cat([F.adaptive_avg_pool2d(plane, (plane.shape[2], columns)) for plane in planes], dim=2)
+        states = F.adaptive_avg_pool2d(across, (rows, columns)).flatten(2).mT
+        scale = torch.tensor([side / count for side, count in zip(grid, cells, strict=True)], device=states.device)
+        return PooledGrid(states, (grid_positions(*cells, device=states.device) + 0.5) * scale - 0.5)
+
+    def context(self, attn: LocalDiTAttention, pooled: PooledGrid) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value [B, G, H, D] that every window attends to beside its own."""
+        _, key, value = attn.to_query_key_value(pooled.states + self.context_embedding)
+        (key,) = self.rotate(pooled.centres, key)
         return key, value
 
-    def relative_position_bias(self, shape: WindowShape, keys: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def relative_position_bias(self, positions: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The learned bias of a window's scores, [1, H, n, keys]; pooled keys, which come last, have none."""
         if self.relative_position_bias_table is None:
             return None
-        positions = grid_positions(shape.height, shape.width, device=self.relative_position_bias_table.device)
-        offsets = positions[:, None] - positions[None] + self.window_size - 1  # [n, n, 2]
+        window = positions if positions.ndim == 2 else positions[0]  # [n, 2], alike for all but for where they start
+        offsets = window[:, None] - window[None] + self.window_size - 1  # [n, n, 2]
         index = offsets[..., 0] * (2 * self.window_size - 1) + offsets[..., 1]
         bias = self.relative_position_bias_table[index].permute(2, 0, 1).to(dtype)  # [H, n, n]
-        return F.pad(bias, (0, keys - shape.tokens))[None]
+        return F.pad(bias, (0, keys - len(window)))[None]
 
 
 def scheduled_shift(shift_schedule: str | tuple[int, ...], layer: int, window_size: int) -> int:

@@ -72,17 +72,17 @@ class CrossAttnProcessor:
         self,
         attn: "LocalDiTAttention",
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend from [B, N, C] to [B, L, C]; `attention_mask` broadcasts to [B, H, N, L] (bool keeps, float adds)."""
-        query = attn.to_heads(attn.to_q(hidden_states))
-        if attn.fused_projections:
-            key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-        else:
-            key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        key, value = attn.norm_k(attn.to_heads(key)), attn.to_heads(value)
-        return attn.to_output(attend(attn.norm_q(query), key, value, attention_mask, self))
+        """Attend from [B, N, C] to [B, L, C], or to key and value that `attn.to_key_value` made of it before.
+
+        `attention_mask` broadcasts to [B, H, N, L] (bool keeps, float adds).
+        """
+        text = encoder_hidden_states
+        key, value = text if isinstance(text, tuple) else attn.to_key_value(text)
+        query = attn.norm_q(attn.to_heads(attn.to_q(hidden_states)))
+        return attn.to_output(attend(query, key, value, attention_mask, self))
 
 
 class LocalDiTAttention(nn.Module, AttentionModuleMixin):
@@ -155,6 +155,14 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
             query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
         query, key, value = self.to_heads(query), self.to_heads(key), self.to_heads(value)
         return self.norm_q(query), self.norm_k(key), value
+
+    def to_key_value(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project a second sequence [B, L, C] to key and value [B, L, H, D]; the key comes normalised."""
+        if self.fused_projections:
+            key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+        else:
+            key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        return self.norm_k(self.to_heads(key)), self.to_heads(value)
 
     def to_output(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Merge the heads of [B, N, H, D] and project to [B, N, C]."""

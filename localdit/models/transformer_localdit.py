@@ -1,16 +1,18 @@
 """LocalDiT: a PixArt-style diffusion transformer whose token mixer is chosen layer by layer."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
-from diffusers import FasterCacheConfig
+from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import PatchEmbed, PixArtAlphaTextProjection
+from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
@@ -19,9 +21,11 @@ from torch import nn
 
 from localdit.mixers import MIXERS, check_mixers, options_of_layer
 from localdit.mixers.base import TokenMixer
-from localdit.models.block import LocalDiTBlock
-from localdit.models.checks import check_settings, check_sizes
+from localdit.models.block import LocalDiTBlock, tokens_of_chunk
+from localdit.models.checks import check_settings, check_sizes, check_whole
 from localdit.models.loading import LoadingMixin
+from localdit.models.patch_embed import GridPatchEmbed
+from localdit.models.text_states import TextStates
 
 # B batch, N image tokens (grid height * grid width), L text tokens, C width of a token
 
@@ -122,15 +126,12 @@ class LocalDiTTransformer2DModel(
         self.out_channels = out_channels or in_channels
         self.use_additional_conditions = use_additional_conditions
         self.gradient_checkpointing = False
+        self._keeps_text_states = False
+        self._text_states: TextStates | None = None
+        self._streams = False
+        self._chunk_tokens: int | None = None
 
-        self.pos_embed = PatchEmbed(
-            sample_size,
-            sample_size,
-            patch_size,
-            in_channels,
-            dim,
-            interpolation_scale=interpolation_scale,  # pyright: ignore[reportArgumentType]
-        )
+        self.pos_embed = GridPatchEmbed(sample_size, patch_size, in_channels, dim, interpolation_scale)
         self.adaln_single = AdaLayerNormSingle(dim, use_additional_conditions)
         self.caption_projection = PixArtAlphaTextProjection(caption_channels, dim) if caption_channels else None
         self.class_embedder = nn.Embedding(num_classes + 1, dim) if num_classes else None
@@ -206,11 +207,70 @@ class LocalDiTTransformer2DModel(
             block.attn.set_processor(mixer.to(self.device, self.dtype))
         self.register_to_config(token_mixers=token_mixers, mixer_options=deepcopy(mixer_options))
 
+    def enable_window_streaming(self, chunk_tokens: int | None = None) -> None:
+        """Without gradients, run each block chunk by chunk of windows, so that only its input and output are whole.
+
+        The result is the same but for rounding. Windows couple only their own tokens, so the whole block runs on a few
+        of them at a time. Of a block with another mixer only what follows the mixer runs on chunks, and nothing of one
+        with a "mix_ffn", whose convolution looks beyond.
+
+        Args:
+            chunk_tokens: tokens of a chunk, all pictures of a batch together, at least 1; the windows in it stay whole.
+                None for 1,024 on a CPU, which stay in its cache, and 8,192 elsewhere.
+
+        Raises:
+            ValueError: for a chunk without tokens, and beside a cache that counts the calls of an attention.
+        """
+        if chunk_tokens is not None:
+            check_whole("chunk_tokens", chunk_tokens)
+        self._check_cache_beside_streaming(self._cache_config, streams=True)
+        self._set_streaming(True, chunk_tokens)
+
+    def disable_window_streaming(self) -> None:
+        """Run each block on all tokens at once again."""
+        self._set_streaming(False, None)
+
+    def _set_streaming(self, streams: bool, chunk_tokens: int | None) -> None:
+        self._streams, self._chunk_tokens = streams, chunk_tokens
+        for block in self.transformer_blocks:
+            cast(LocalDiTBlock, block).set_streaming(streams, chunk_tokens)
+
+    @staticmethod
+    def _check_cache_beside_streaming(config: Any, streams: bool) -> None:
+        if streams and isinstance(config, FasterCacheConfig | PyramidAttentionBroadcastConfig):
+            raise ValueError(
+                f"{type(config).__name__} counts the calls of each attention, which window streaming makes chunk by "
+                "chunk; use one of the two, or a cache of whole blocks such as FirstBlockCacheConfig."
+            )
+
+    @contextmanager
+    def keep_text_states(self) -> Iterator[None]:
+        """In this context, project a text once for all calls that are given the same tensor of it.
+
+        Neither its projection nor its keys and values in the cross-attentions depend on the timestep, so a pipeline
+        keeps them over the steps of a generation. Another tensor is projected anew; to change weights or the tensor
+        itself, leave the context first. Nothing is kept while gradients are recorded.
+        """
+        self._keeps_text_states = True
+        try:
+            yield
+        finally:
+            self._keeps_text_states, self._text_states = False, None
+
+    def _project_text(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor | TextStates:
+        """The text [B, L, caption_channels] as the blocks read it: [B, L, C], or kept since an earlier call."""
+        if not self._keeps_text_states or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.caption_projection(encoder_hidden_states)
+        if self._text_states is None or self._text_states.source is not encoder_hidden_states:
+            self._text_states = TextStates(encoder_hidden_states, self.caption_projection(encoder_hidden_states))
+        return self._text_states
+
     def enable_cache(self, config: Any) -> None:
         """As `CacheMixin.enable_cache`, but that FasterCache, which halves a guided batch, halves its labels too."""
         if isinstance(config, FasterCacheConfig):
             halved = config._unconditional_conditional_input_kwargs_identifiers
             config._unconditional_conditional_input_kwargs_identifiers = [*{*halved, "class_labels"}]
+        self._check_cache_beside_streaming(config, self._streams)
         super().enable_cache(config)
 
     @apply_lora_scale("attention_kwargs")
@@ -264,23 +324,27 @@ class LocalDiTTransformer2DModel(
             condition = condition + self.class_embedder(class_labels)
         modulation = self.adaln_single.linear(self.adaln_single.silu(condition)).unflatten(1, (6, -1))  # [B, 6, C]
 
+        text = None
         if self.caption_projection is not None:
-            encoder_hidden_states = self.caption_projection(encoder_hidden_states)  # [B, L, C]
+            text = self._project_text(cast(torch.Tensor, encoder_hidden_states))
         if encoder_attention_mask is not None:
             if encoder_attention_mask.ndim == 2:
                 encoder_attention_mask = encoder_attention_mask.bool()[:, None]
             encoder_attention_mask = encoder_attention_mask[:, None]  # [B, 1, 1, L]
 
         for block in self.transformer_blocks:
-            block_inputs = (hidden_states, modulation, grid, encoder_hidden_states, encoder_attention_mask)
+            block_inputs = (hidden_states, modulation, grid, text, encoder_attention_mask)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *block_inputs)
             else:
                 hidden_states = block(*block_inputs)
 
         shift, scale = (self.scale_shift_table + condition[:, None]).chunk(2, dim=1)  # [B, 1, C] each
-        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
-        hidden_states = self.proj_out(hidden_states)  # [B, N, patch * patch * out_channels]
+        streams = self._streams and not torch.is_grad_enabled()
+        at_once = tokens_of_chunk(hidden_states, self._chunk_tokens) if streams else hidden_states.shape[1]
+        chunks = hidden_states.split(at_once, dim=1)
+        projected = [self.proj_out(self.norm_out(chunk) * (1 + scale) + shift) for chunk in chunks]
+        hidden_states = torch.cat(projected, dim=1)  # [B, N, patch * patch * out_channels]
         hidden_states = hidden_states.unflatten(-1, (patch_size, patch_size, self.out_channels))
         hidden_states = hidden_states.unflatten(1, grid)  # [B, grid height, grid width, patch, patch, out_channels]
         sample = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, self.out_channels, height, width)
