@@ -1,23 +1,30 @@
-"""What the LocalDiT pipelines share: defaults, noise and timesteps, the denoising loop, decoding."""
+"""What the LocalDiT pipelines share: defaults, noise and timesteps, the denoising loop, the VAE."""
 
 import importlib
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Iterable
+from numbers import Integral
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models import AutoencoderKL
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import retrieve_timesteps
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img import retrieve_latents
 from diffusers.utils import is_torch_xla_available, logging
 from diffusers.utils.torch_utils import randn_tensor
+from torch.overrides import TorchFunctionMode
 
 xla = importlib.import_module("torch_xla.core.xla_model") if is_torch_xla_available() else None
 logger = logging.get_logger(__name__)
 
 Setting = TypeVar("Setting")
 
-# B pictures in the batch, H and W of the latents
+# B pictures in the batch, C and D channels, H and W of the latents
 
 # What a call uses where neither the caller nor the folder's `call_defaults` says otherwise.
 STANDARD_CALL = {
@@ -32,6 +39,12 @@ STANDARD_CALL = {
 }
 
 ASPECT_RATIOS = ("height/width", "width/height")  # PixArt's, and the released LocalDiT's
+
+# Of a picture that goes through the VAE in tiles.
+LARGEST_WHOLE = 1.5  # tiles; a picture of more pixels is cut
+SMALLEST_TILE = 16  # latents along its side
+OVERLAP = 1 / 4  # of a tile's side
+DISCARDED = 1 / 4  # of an overlap, next to each cut, where convolutions pad what goes on in the picture
 
 
 def checked_call_defaults(call_defaults: dict[str, Any] | None) -> dict[str, Any]:
@@ -66,6 +79,8 @@ def check_widths(transformer, text_encoder, vae) -> None:
 
 class LocalDiTPipelineMixin:
     """The parts of a call that all LocalDiT pipelines have in common; the pipeline class brings the components."""
+
+    _vae_tile_size: int | None = 1024
 
     def initialize(self, call_defaults: dict[str, Any] | None) -> None:
         """Derive from the registered components what every call needs, and register the call defaults."""
@@ -204,12 +219,13 @@ class LocalDiTPipelineMixin:
         """
         step_arguments = _supported(self.scheduler.step, generator=generator, eta=eta)
         warmup_steps = max(len(timesteps) - self._num_timesteps * self.scheduler.order, 0)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        inputs = self.transformer_conditions(conditions)
+        with self.transformer.keep_text_states(), self.progress_bar(total=self._num_timesteps) as progress_bar:
             for index, timestep in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = timestep
-                prediction = self.predict(latents, timestep, conditions, height, width)
+                prediction = self.predict(latents, timestep, inputs, height, width)
                 latents = self.scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
                 if after_step is not None:
                     latents = after_step(latents, timesteps[index + 1 :])
@@ -219,6 +235,7 @@ class LocalDiTPipelineMixin:
                     changed = callback_on_step_end(self, index, timestep, chosen) or {}
                     latents = changed.pop("latents", latents)
                     conditions = {**conditions, **{name: changed[name] for name in conditions if name in changed}}
+                    inputs = self.transformer_conditions(conditions)  # anew: it may have changed the weights, too
                 last = index == len(timesteps) - 1
                 if last or (index + 1 > warmup_steps and (index + 1) % self.scheduler.order == 0):
                     progress_bar.update()
@@ -236,11 +253,14 @@ class LocalDiTPipelineMixin:
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
-        conditions: dict[str, Any],
+        inputs: dict[str, torch.Tensor],
         height: int,
         width: int,
     ) -> torch.Tensor:
-        """The guided prediction for one step, [B, C, H, W], in the form the scheduler expects."""
+        """The guided prediction for one step, [B, C, H, W], in the form the scheduler expects.
+
+        `inputs` are what `transformer_conditions` returns.
+        """
         guided = self.do_classifier_free_guidance
         model_input = torch.cat((latents, latents)) if guided else latents
         if hasattr(self.scheduler, "scale_model_input"):
@@ -248,7 +268,7 @@ class LocalDiTPipelineMixin:
         with self.transformer.cache_context("cond_uncond"):
             prediction = self.transformer(
                 model_input.to(self.transformer.dtype),
-                **self.transformer_conditions(conditions),
+                **inputs,
                 timestep=timestep.expand(len(model_input)),
                 added_cond_kwargs=self.size_conditions(height, width),
                 attention_kwargs=self.attention_kwargs,
@@ -268,8 +288,168 @@ class LocalDiTPipelineMixin:
         if self.vae is not None:
             config = self.vae.config
             latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0)
-            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+            latents = self.vae_decode(latents.to(self.vae.dtype))
         return self.image_processor.postprocess(latents, output_type=output_type)
+
+    @property
+    def vae_tile_size(self) -> int | None:
+        """Pixels along one side of a tile, 1024 unless set; None leaves every picture whole.
+
+        A picture of more than 1.5 times its square goes through an AutoencoderKL in tiles, so that the memory it takes
+        is that of one tile and of the picture itself. Where the VAE's own tiling is enabled, that is used instead.
+
+        Raises:
+            ValueError: when set to less than 16 latents, or to what is no whole number.
+        """
+        return self._vae_tile_size
+
+    @vae_tile_size.setter
+    def vae_tile_size(self, pixels: int | None) -> None:
+        smallest = SMALLEST_TILE * self.vae_scale_factor
+        whole = isinstance(pixels, Integral) and not isinstance(pixels, bool)
+        if pixels is not None and (not whole or pixels < smallest):
+            raise ValueError(
+                f"vae_tile_size={pixels!r} is no whole number of at least {smallest} pixels; "
+                "give one, or None to leave every picture whole."
+            )
+        self._vae_tile_size = pixels
+
+    def is_cut(self, height: int, width: int) -> bool:
+        """Whether a picture of so many pixels goes through the VAE in tiles."""
+        if self.vae_tile_size is None or not isinstance(self.vae, AutoencoderKL) or self.vae.use_tiling:
+            return False
+        return height * width > LARGEST_WHOLE * self.vae_tile_size**2
+
+    def vae_decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The VAE's pictures, about in [-1, 1], of latents [B, C, H, W] in its own scale."""
+
+        def decode(part: torch.Tensor) -> torch.Tensor:
+            return self.vae.decode(part, return_dict=False)[0]
+
+        tile, zoom = self.vae_tile_size, self.vae_scale_factor
+        if tile is None or not self.is_cut(*(zoom * side for side in latents.shape[-2:])):
+            return decode(latents)
+        return in_tiles(decode, latents, tile // zoom, zoom_in=1, zoom_out=zoom)
+
+    def vae_encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The VAE's latents in its own scale, the mode of its posterior, of pictures in [-1, 1]."""
+
+        def encode(part: torch.Tensor) -> torch.Tensor:
+            return retrieve_latents(self.vae.encode(part), sample_mode="argmax")
+
+        tile, zoom = self.vae_tile_size, self.vae_scale_factor
+        if tile is None or not self.is_cut(*pixels.shape[-2:]):
+            return encode(pixels)
+        return in_tiles(encode, pixels, tile // zoom, zoom_in=zoom, zoom_out=1)
+
+
+def in_tiles(
+    function: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, tile: int, zoom_in: int, zoom_out: int
+) -> torch.Tensor:
+    """What a VAE's encoder or decoder makes of `inputs`, tile by tile.
+
+    Tiles overlap and fade into each other. Group norms would give each a tone of its own; so all take the statistics
+    of the whole picture shrunk to one tile, as the "Tiled VAE" of
+    https://github.com/pkuliyi2015/multidiffusion-upscaler-for-automatic1111 does.
+
+    Args:
+        function: from [B, C, h * zoom_in, w * zoom_in] to [B, D, h * zoom_out, w * zoom_out].
+        inputs: [B, C, H * zoom_in, W * zoom_in].
+        tile: the most latents along a tile's side.
+        zoom_in, zoom_out: numbers along a latent's side.
+
+    Returns:
+        [B, D, H * zoom_out, W * zoom_out] in fp32.
+    """
+    rows, columns = (spans(side // zoom_in, tile) for side in inputs.shape[-2:])
+    with SharedGroupNorms() as norms:
+        channels = function(shrunk(inputs, tile, zoom_in)).shape[1]
+        sides = (zoom_out * rows[-1][1], zoom_out * columns[-1][1])
+        outputs = torch.zeros(len(inputs), channels, *sides, device=inputs.device)
+        for (top, bottom), row_weights in zip(rows, fades(rows, zoom_out), strict=True):
+            for (left, right), column_weights in zip(columns, fades(columns, zoom_out), strict=True):
+                norms.begin_pass()
+                part = function(inputs[..., zoom_in * top : zoom_in * bottom, zoom_in * left : zoom_in * right])
+                place = outputs[..., zoom_out * top : zoom_out * bottom, zoom_out * left : zoom_out * right]
+                place += part * (row_weights[:, None] * column_weights).to(part.device)
+    return outputs
+
+
+def spans(length: int, tile: int) -> list[tuple[int, int]]:
+    """Starts and ends of the fewest equal tiles that cover a length, each overlapping the next by `OVERLAP` or more."""
+    overlap = int(tile * OVERLAP)
+    count = max(1, math.ceil((length - overlap) / (tile - overlap)))
+    tile = min(length, math.ceil((length + (count - 1) * overlap) / count))
+    starts = [index * (length - tile) // max(count - 1, 1) for index in range(count)]
+    return [(start, start + tile) for start in starts]
+
+
+def fades(tiles: list[tuple[int, int]], zoom: int) -> list[torch.Tensor]:
+    """Weights of the outputs along each tile; those of all tiles add up to 1 everywhere."""
+    weights = [torch.ones(zoom * (stop - start)) for start, stop in tiles]
+    for index, ((_, stop), (start, _)) in enumerate(itertools.pairwise(tiles)):
+        overlap = zoom * (stop - start)
+        across = (torch.arange(overlap) + 0.5) / overlap
+        rise = ((across - DISCARDED) / (1 - 2 * DISCARDED)).clamp(0, 1)
+        weights[index][-overlap:] = 1 - rise
+        weights[index + 1][:overlap] = rise
+    return weights
+
+
+def shrunk(inputs: torch.Tensor, tile: int, zoom: int) -> torch.Tensor:
+    """The inputs [B, C, H * zoom, W * zoom] as one tile of the same proportions, mean and deviation."""
+    height, width = inputs.shape[-2:]
+    share = tile * zoom / math.sqrt(height * width)
+    size = [zoom * max(1, int(side / zoom * share)) for side in (height, width)]
+    large = inputs.float()
+    small = F.interpolate(large, size=size, mode="bilinear", antialias=True)
+    (deviation, mean), (own_deviation, own_mean) = (
+        torch.std_mean(numbers, dim=(2, 3), correction=0, keepdim=True) for numbers in (large, small)
+    )
+    # shrinking smoothes, and what varies less would be amplified by every group norm that follows
+    return ((small - own_mean) * (deviation / own_deviation.clamp(min=1e-6)) + mean).to(inputs.dtype)
+
+
+class SharedGroupNorms(TorchFunctionMode):
+    """Inside, the group norms of the first pass measure, and those of later passes use what was measured.
+
+    A pass is one run of the network, and a norm is known by its place in it. The network stays as it is.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.measured: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.place: int | None = None  # of the next norm; None while measuring
+
+    def begin_pass(self) -> None:
+        """Start a pass that uses what the first one measured."""
+        self.place = 0
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.group_norm:
+            return self.normalize(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def normalize(
+        self,
+        input: torch.Tensor,
+        num_groups: int,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> torch.Tensor:
+        """`torch.nn.functional.group_norm` of [B, C, ...] with its arguments."""
+        if self.place is None:
+            groups = input.unflatten(1, (num_groups, -1)).flatten(2).float()  # [B, groups, numbers of a group]
+            self.measured.append(torch.var_mean(groups, dim=2, correction=0))
+            return F.group_norm(input, num_groups, weight, bias, eps)
+        # a batch norm with B * C channels is an affine map by given statistics, and computes it in fp32
+        batch_size, channels = input.shape[:2]
+        statistics = (each.repeat_interleave(channels // num_groups, dim=1) for each in self.measured[self.place])
+        variance, mean = (each.flatten().to(input.device) for each in statistics)
+        weight, bias = (None if each is None else each.float().repeat(batch_size) for each in (weight, bias))
+        self.place += 1
+        return F.batch_norm(input.flatten(0, 1)[None], mean, variance, weight, bias, eps=eps)[0].view_as(input)
 
 
 def sample_to_velocity(

@@ -4,7 +4,6 @@ import reprlib
 
 import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3_img2img import retrieve_latents
 from PIL import Image
 
 # B pictures in the batch, C channels of the latents, H and W their size
@@ -132,7 +131,7 @@ class LocalDiTImageInputMixin:
             latents = pixels.to(dtype)
             if self.vae is not None:
                 config = self.vae.config
-                latents = retrieve_latents(self.vae.encode(pixels.to(self.vae.dtype)), sample_mode="argmax")
+                latents = self.vae_encode(pixels.to(self.vae.dtype))
                 latents = (latents - (getattr(config, "shift_factor", None) or 0)) * config.scaling_factor
                 latents = latents.to(dtype)
         return latents.repeat_interleave(batch_size // len(latents), dim=0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image
 
 from config import TextEncoderConfig
@@ -17,6 +18,14 @@ CALL_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 2.0, "max_sequence_
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def default_attention_backend():
+    """Afterwards, the backend from before: a model that is given one makes it everybody's."""
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    yield
+    _AttentionBackendRegistry.set_active_backend(active)
 
 
 def make_transformer(**changes) -> LocalDiTTransformer2DModel:
