@@ -2,15 +2,81 @@
 
 import sys
 
-from localdit.benchmarks import attention
+import pytest
+import torch
+
+from localdit.benchmarks import attention, transformers
 
 
-def test_every_mixer_is_timed_in_the_layer_and_in_the_block(monkeypatch, capsys):
-    monkeypatch.setattr(attention, "HEADS", 2)
-    monkeypatch.setattr(attention, "HEAD_DIM", 12)
-    monkeypatch.setattr(attention, "DIM", 24)
-    monkeypatch.setattr(sys, "argv", ["attention", "--side", "6", "--repeats", "1"])
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    for name, value in {"HEADS": 2, "HEAD_DIM": 32, "DIM": 64}.items():
+        monkeypatch.setattr(attention, name, value)
+
+
+def lines_of(monkeypatch, capsys, *arguments: str) -> list[str]:
+    monkeypatch.setattr(sys, "argv", ["attention", *arguments])
     attention.main()
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("part", ["layer", "block", "training"])
+def test_everything_is_timed_in_both_precisions(part, monkeypatch, capsys):
+    lines = lines_of(monkeypatch, capsys, "--side", "6", "--repeats", "1", "--part", part)
+    names = attention.modules(part)
+    assert ("window 4, streamed" in names) == (part == "block") and ("SANA, diffusers" in names) == (part != "layer")
+    for name in names:
+        assert sum(line[2:32].strip() == name and "ms   x" in line for line in lines) == 2, name
+
+
+@pytest.mark.parametrize("part", ["layer", "block", "training"])
+def test_every_goal_is_of_something_that_is_measured(part):
+    names = set(attention.modules(part)) | set(attention.modules("block"))
+    assert set(attention.GOALS.get(part, {})) <= names
+    found = {name: attention.goal_of(part, name, 64, "bfloat16") for name in attention.modules(part)}
+    assert found["identity"] is None and found["linear"] == {"layer": 1.2, "block": 1.07, "training": 1.12}[part]
+    assert attention.goal_of(part, "linear", 32, "bfloat16") is None
+
+
+def test_a_verdict_says_whether_the_goal_is_reached():
+    assert attention.verdict(1.02, 1.03).endswith("goal 1.03: pass")
+    assert attention.verdict(1.04, 1.03).endswith("goal 1.03: falls short")
+    assert attention.verdict(9.0, None) == ""
+
+
+def test_chosen_rows_stand_beside_the_identity_and_others_are_refused(monkeypatch, capsys):
+    wanted = ["--side", "6", "--repeats", "1", "--part", "block", "--dtype", "float32", "--mixer"]
+    lines = lines_of(monkeypatch, capsys, *wanted, "linear")
+    assert [line.split()[0] for line in lines if " ms " in line] == ["identity", "linear"]
+    with pytest.raises(ValueError, match="--mixer 'cubic' is not known"):
+        lines_of(monkeypatch, capsys, *wanted, "cubic")
+
+
+def test_blocks_of_diffusers_stand_in_for_ours():
+    for block in (attention.PixArtBlock(), attention.SanaBlock()):
+        tokens, *others = attention.inputs("block", 6, torch.float32, "cpu", batch=2)
+        assert block(tokens, *others).shape == tokens.shape
+
+
+def test_a_streamed_block_takes_less_memory(monkeypatch, capsys):
+    # at a size where the block's own activations are well above what a process takes anyway
+    for name, value in {"HEADS": 4, "HEAD_DIM": 32, "DIM": 128}.items():
+        monkeypatch.setattr(attention, name, value)
+    monkeypatch.setattr(attention, "apart", lambda function, *arguments: function(*arguments))
+    wanted = ["--side", "192", "--part", "block", "--dtype", "float32", "--memory", "--mixer", "window 8"]
+    lines = lines_of(monkeypatch, capsys, *wanted, "window 8, streamed")
+    multiples = {line[2:32].strip(): float(line.split()[-1]) for line in lines if line.startswith("  ")}
+    assert set(multiples) == {"identity", "window 8", "window 8, streamed"}
+    assert multiples["window 8, streamed"] < 0.6 * multiples["window 8"]
+
+
+def test_whole_transformers_are_timed_beside_those_of_diffusers(monkeypatch, capsys):
+    arguments = ["--size", "64", "--layers", "1", "--repeats", "1", "--dtype", "float32", "--batch", "1", "2"]
+    monkeypatch.setattr(sys, "argv", ["transformers", *arguments])
+    transformers.main()
     lines = capsys.readouterr().out.splitlines()
-    for name in attention.mixers():
-        assert sum(line.startswith(f"  {name} ") and "ms   x" in line for line in lines) >= 4, name
+    for name in transformers.CONTESTANTS:
+        assert sum(line[2:32].strip() == name and "x PixArt-Sigma" in line for line in lines) == 2, name
+    monkeypatch.setattr(sys, "argv", ["transformers", "--size", "100"])
+    with pytest.raises(ValueError, match="--size 100 is not a multiple of 32 pixels"):
+        transformers.main()
