@@ -1,7 +1,9 @@
 """The rotary embedding of a token grid."""
 
+import pytest
 import torch
 
+from localdit.models import rope
 from localdit.models.rope import grid_positions, rotary_table, rotate
 from tests.rope_reference import THETA, reference_rope
 
@@ -58,3 +60,18 @@ def test_angles_are_exact_for_half_precision_states():
     rotated = rotate(states, table)
     assert rotated.dtype == torch.bfloat16
     assert not torch.equal(rotated[0], rotated[1])
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_turning_by_complex_numbers_equals_the_products_that_a_graph_is_given(strided, monkeypatch):
+    table = [part[:, None] for part in rotary_table(torch.rand(6, 2) * 50, HEAD_DIM, THETA)]
+    wide = torch.randn(2, 6, HEADS, 3 * HEAD_DIM)
+    results = []
+    for devices in (("cpu",), ()):
+        monkeypatch.setattr(rope, "COMPLEX_DEVICES", devices)
+        whole = wide.clone().requires_grad_()
+        states = whole[..., HEAD_DIM : 2 * HEAD_DIM] if strided else whole[..., HEAD_DIM : 2 * HEAD_DIM].contiguous()
+        turned = rotate(states, table)
+        results.append((turned, torch.autograd.grad((turned * torch.arange(HEAD_DIM)).sum(), whole)[0]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)

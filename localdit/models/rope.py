@@ -4,6 +4,8 @@ import torch
 
 # S any leading shape, D head dim
 
+COMPLEX_DEVICES = ("cpu", "cuda")
+
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
     """Row and column of every token of a grid, row-major.
@@ -48,6 +50,11 @@ def rotate(states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> to
         The rotated states, computed in fp32, in the shape and dtype of `states`.
     """
     cosine, sine = table
-    even, odd = states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = states.float().unflatten(-1, (-1, 2))
+    if pairs.device.type in COMPLEX_DEVICES and not torch.compiler.is_compiling():
+        # a turn is a product of complex numbers: one pass over the memory instead of seven
+        turned = torch.view_as_complex(pairs.contiguous()) * torch.complex(cosine, sine)
+        return torch.view_as_real(turned).flatten(-2).to(states.dtype)
+    even, odd = pairs.unbind(-1)
     rotated = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
     return rotated.flatten(-2).to(states.dtype)
