@@ -42,20 +42,29 @@ def dinov2():
     return transformers.Dinov2Model(config), transformers.BitImageProcessor(**sizes)
 
 
-@pytest.fixture(params=[clip, siglip, align, dinov2], ids=lambda build: build.__name__)
-def saved(request, tmp_path):
-    """A folder of a small model, and what it was made of."""
-    torch.manual_seed(0)
-    model, processor = request.param()
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+def save_tokenizer(folder) -> None:
     words = {word: index for index, word in enumerate(["<s>", "</s>", "a", "red", "blue", "seven", "three", "<unk>"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     ends = {"pad_token": "</s>", "eos_token": "</s>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder)
+
+
+@pytest.fixture(params=[clip, siglip, align, dinov2], ids=lambda build: build.__name__)
+def saved(request, tmp_path):
+    """A folder of a small model, and what it was made of."""
+    torch.manual_seed(0)
+    model, processor = request.param()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
     return tmp_path, model.eval(), processor
+
+
+def save_clip(folder) -> None:
+    for part in clip():
+        part.save_pretrained(folder)
 
 
 def photographs() -> list[Image.Image]:
@@ -114,9 +123,70 @@ def test_alignment_is_the_mean_cosine(saved, tmp_path_factory):
     assert json.loads((pictures / "scores.jsonl").read_text())["value"] == pytest.approx(record["value"], rel=1e-4)
 
 
+def test_maps_of_one_pixel_are_features_as_well(tmp_path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path)
+    transformers.ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path)
+    assert load_extractor(str(tmp_path))(photographs()).features.shape == (3, 16)
+
+
+def damage(folder, what: str) -> None:
+    if what == "weights":
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:300])
+    elif what == "processor":
+        (folder / "preprocessor_config.json").unlink()
+    elif what == "config":
+        (folder / "config.json").write_text('{"model_type": "never heard of"}')
+    else:
+        transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=8)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("what", ["weights", "processor", "config", "kind"])
+def test_what_is_no_image_encoder_is_told_in_one_sentence(tmp_path, what):
+    save_clip(tmp_path)
+    damage(tmp_path, what)
+    with pytest.raises(ValueError, match="cannot be loaded .* give 'inception', or the folder") as error:
+        load_extractor(str(tmp_path))
+    assert len(str(error.value)) < 400
+
+
+def test_weights_are_for_inception_alone(tmp_path):
+    with pytest.raises(ValueError, match="weights='inception.pth' are for 'inception'"):
+        load_extractor(str(tmp_path), weights="inception.pth")
+
+
+def test_a_model_without_its_tokenizer_aligns_nothing(tmp_path):
+    save_clip(tmp_path)
+    with pytest.raises(ValueError, match="The tokenizer of .* knows 2 tokens of 8; put the model's there"):
+        AlignmentModel(str(tmp_path))
+    for part in siglip():  # for which transformers makes up none
+        part.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="The tokenizer of .* cannot be loaded") as error:
+        AlignmentModel(str(tmp_path))
+    assert len(str(error.value)) < 400
+
+
+def test_cosines_that_are_no_numbers_are_refused(tmp_path):
+    save_clip(tmp_path)
+    save_tokenizer(tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red seven")
+    aligned = AlignmentModel(str(tmp_path))
+    torch.nn.init.constant_(aligned.model.text_projection.weight, float("nan"))
+    with pytest.raises(ValueError, match="are no numbers; its weights are damaged"):
+        score_alignment(tmp_path, aligned)
+
+
+def test_where_scores_cannot_go_is_told_before_a_model_is_loaded(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a red seven")
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        main([str(tmp_path), "--model", "none", "--device", "cpu", "--output", str(tmp_path)])
+
+
 def test_pictures_without_prompts_are_refused(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"1 pictures .* have no prompt \(a.png\)"):
+    with pytest.raises(ValueError, match=r"pictures without a prompt in .* \(1, such as a.png\)"):
         read_pairs(tmp_path)
     (tmp_path / "a.txt").write_text("a red seven\n")
     assert read_pairs(tmp_path) == [(tmp_path / "a.png", "a red seven")]

@@ -1,6 +1,7 @@
 """The generate command: what it draws, what it says of it, and that it goes on where it stopped."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 
 from localdit import LocalDiTClassPipeline
 from localdit.command_line import PRETRAINED
+from localdit.evaluation.digit_scenes import DigitSceneReader, score_folder
 from localdit.evaluation.generate import main
 from localdit.evaluation.generation import read_generation
 
@@ -60,10 +62,61 @@ def test_how_the_pictures_came_about_is_kept_and_not_mixed(prompts, tmp_path):
         == json.loads((PRETRAINED / "model_index.json").read_text())["call_defaults"]["guidance_scale"]
     )
     assert told["scheduler"] == "DPMSolverMultistepScheduler"
+    with Image.open(next(folder.glob("*.png"))) as picture:
+        assert (told["width"], told["height"]) == picture.size
     assert told["seconds_per_image"] > 0
     assert told["peak_memory_bytes"] > 0
     with pytest.raises(ValueError, match="another run .num_inference_steps=1, and now 2"):
         main([*QUICK, "--prompts", prompts, "--output", str(folder), "--num_inference_steps", "2"])
+
+
+def test_another_spelling_of_the_same_folder_goes_on(prompts, tmp_path):
+    folder, written = tmp_path / "pictures", tmp_path / "elsewhere.txt"
+    main([*QUICK, "--prompts", prompts, "--output", str(folder)])
+    written.write_text("\n".join(PROMPTS))
+    for model in (f"{PRETRAINED}/", os.path.relpath(PRETRAINED)):
+        lost = folder / "00001-0.png"
+        lost.unlink()
+        main(["--model", model, *QUICK[2:], "--prompts", str(written), "--output", str(folder)])
+        assert lost.is_file()
+
+
+def test_other_prompts_of_the_same_name_are_another_run(prompts, tmp_path):
+    folder = tmp_path / "pictures"
+    main([*QUICK, "--prompts", prompts, "--output", str(folder)])
+    (tmp_path / "prompts.txt").write_text("\n".join(reversed(PROMPTS)))
+    with pytest.raises(ValueError, match="another run .prompts_sha256="):
+        main([*QUICK, "--prompts", prompts, "--output", str(folder)])
+
+
+def test_a_run_that_drew_nothing_keeps_nobody_out(prompts, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    with pytest.raises(ValueError, match="height=33"):
+        main([*QUICK, "--prompts", prompts, "--output", str(folder), "--height", "33"])
+    for _ in range(2):  # the second finds nothing to draw
+        main([*QUICK, "--prompts", prompts, "--output", str(folder), "--height", "32"])
+        assert capsys.readouterr().out == f"{folder}\n"
+    told = read_generation(folder)
+    assert told is not None and told["height"] == 32 and told["seconds_per_image"] > 0
+
+
+def test_what_is_told_is_json_to_everybody(prompts, tmp_path):
+    main([*QUICK, "--prompts", prompts, "--output", str(tmp_path / "pictures")])
+    text = (tmp_path / "pictures" / "generation.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert "-Infinity" in text  # as a text: DPM-Solver's lambda_min_clipped
+
+
+@pytest.mark.parametrize("option", ["--num_inference_steps", "--per_prompt"])
+def test_numbers_beyond_all_measure_are_refused(prompts, tmp_path, option):
+    with pytest.raises(ValueError, match=f"argument {option}: 100000000 is more than 10*; choose that or less"):
+        main([*QUICK, "--prompts", prompts, "--output", str(tmp_path / "pictures"), option, "100000000"])
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_a_model_is_loaded(prompts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is, or lies in, what is no folder to write to; choose another"):
+        main(["--model", "none", "--prompts", prompts, "--output", str(tmp_path / "file" / "deep" / "pictures")])
 
 
 def test_a_model_of_captions_knows_no_classes(tmp_path):
@@ -81,6 +134,12 @@ def test_prompts_that_cannot_be_read_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError):
         main([*QUICK, "--prompts", str(tmp_path / "none.txt"), "--output", str(tmp_path / "pictures")])
     assert not (tmp_path / "pictures").exists()
+
+
+def test_the_reader_of_digit_scenes_finds_the_prompts(prompts, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS[:2]))
+    main([*QUICK, "--prompts", prompts, "--output", str(tmp_path / "pictures")])
+    assert score_folder(DigitSceneReader(), tmp_path / "pictures")["one_digit"]["prompts"] == 2
 
 
 def test_damaged_settings_are_told_by_name(prompts, tmp_path):
@@ -105,5 +164,8 @@ def test_every_class_gets_its_pictures(tiny_transformer, tmp_path):
     drawn = pipeline(class_labels=[1], generator=[torch.Generator().manual_seed(3)]).images[0]
     found = Image.open(tmp_path / "pictures" / "0001-00001.png")
     assert np.abs(np.asarray(found).astype(int) - np.asarray(drawn)).max() <= 2
+    with pytest.raises(ValueError, match="takes no prompts; give --per_class"):
+        (tmp_path / "prompts.txt").write_text("three")
+        main([*model, "--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "prompted")])
     told = read_generation(tmp_path / "pictures")
     assert told is not None and told["per_class"] == 2 and told["num_inference_steps"] == 2

@@ -170,7 +170,7 @@ def test_unreadable_pictures_are_counted_and_left_out(pairs):
 
 
 def test_pictures_that_cannot_be_scored_are_refused():
-    with pytest.raises(ValueError, match="1 of 9 pictures show .* at least 2 must"):
+    with pytest.raises(ValueError, match=r"Too few pictures .* \(1 of 9, and 2 must\)"):
         score_colours(np.array([[RED, RED]] + [[RED, NO_COLOUR]] * 8))
     with pytest.raises(ValueError, match="80 x 64 pixels"):
         read_colours([Image.new("RGB", (80, 64))])

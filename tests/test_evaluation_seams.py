@@ -188,8 +188,9 @@ def test_seams_on_otherwise_flat_pictures_have_no_upper_bound():
         (32, 0, [0], "patch=0"),
         (32, 8, [4], "offset=4 is no multiple of patch=8"),
         (32, 8, [0, 32], "offset=32 .* below period=32"),
-        (32, 8, [0, 8, 16, 24], "no patch border to compare it with; give from one to 3 of"),
+        (32, 8, [0, 8, 16, 24], "no patch border to compare it with; give some, and not all"),
         (32, 8, [], "leave no window border"),
+        (4096, 1, [], "and not all, of the multiples of 1 below 4096.$"),
     ],
 )
 def test_a_grid_that_cannot_be_compared_is_refused(period, patch, offsets, words):
@@ -204,5 +205,7 @@ def test_the_command_line_prints_what_the_function_returns(tmp_path, capsys):
     main([str(tmp_path), "--period", "32", "--patch", "8", "--offset", "0", "--offset", "16"])
     expected = seam_ratio(pictures, PERIOD, PATCH, [0, 16])
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected))
+    with pytest.raises(ValueError, match="argument --period: 100000000 is more than 65536; choose that or less"):
+        main([str(tmp_path), "--period", "100000000", "--patch", "8"])
     main([str(tmp_path), "--period", "32", "--patch", "8"])
     assert [measured["offset"] for measured in json.loads(capsys.readouterr().out)["offsets"]] == [0]

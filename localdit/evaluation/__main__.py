@@ -26,7 +26,10 @@ def main() -> None:
         return
     if name not in COMMANDS:
         raise ValueError(f"{name!r} is no command; choose among {', '.join(COMMANDS)}.")
-    importlib.import_module(COMMANDS[name][0]).main(arguments)
+    try:
+        importlib.import_module(COMMANDS[name][0]).main(arguments)
+    except ImportError as error:
+        raise ValueError(f"A package is missing ({error}); pip install -e '.[evaluation]'.") from error
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from localdit.command_line import Parser, best_device, check_device, counting_number
-from localdit.evaluation.extractors import TransformersExtractor, pooled
+from localdit.command_line import Parser, best_device, check_device, counting_number, shortened
+from localdit.evaluation.extractors import TransformersExtractor, first_sentence, pooled
 from localdit.evaluation.features import about
+from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
@@ -23,7 +25,7 @@ class AlignmentModel(TransformersExtractor):
     """An image encoder with the text encoder that it was trained with.
 
     Raises:
-        ValueError: where there is no text encoder.
+        ValueError: where there is no text encoder, or no tokenizer.
     """
 
     def __init__(self, source: str, device: str = "cpu"):
@@ -32,7 +34,14 @@ class AlignmentModel(TransformersExtractor):
         super().__init__(source, device)
         if not hasattr(self.model, "get_text_features"):
             raise ValueError(f"{source!r} is a {self.family} without a text encoder; give a CLIP, SigLIP or ALIGN.")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except Exception as error:  # as loading the model does, it fails in many ways
+            why = f"cannot be loaded ({first_sentence(error)}); put the model's there."
+            raise ValueError(f"The tokenizer of {source!r} {why}") from error
+        known, wanted = len(self.tokenizer), self.model.config.text_config.vocab_size
+        if known < wanted / 2:  # transformers makes up a bare one where a folder has none
+            raise ValueError(f"The tokenizer of {source!r} knows {known} tokens of {wanted}; put the model's there.")
         # SigLIP has learned from texts filled up to its full length, the others read their own length
         self.padding = "max_length" if self.family.startswith("siglip") else True
 
@@ -75,8 +84,8 @@ def read_pairs(folder: str | Path) -> list[tuple[Path, str]]:
             listed[path] = path.with_suffix(".txt").read_text().strip()
     if bare := [path.name for path in images if path not in listed]:
         raise ValueError(
-            f"{len(bare)} pictures of {str(folder)!r} have no prompt ({', '.join(bare[:3])}); put a .txt beside each, "
-            f"or list them in {PROMPTS}."
+            f"There are pictures without a prompt in {str(folder)!r} ({len(bare)}, such as {shortened(bare[0], 60)}); "
+            f"put a .txt beside each, or list them in {PROMPTS}."
         )
     return [(path, listed[path]) for path in images]
 
@@ -89,8 +98,13 @@ def score_alignment(folder: str | Path, model: AlignmentModel, batch_size: int =
     """
     pairs = read_pairs(folder)
     batches = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
-    cosines = [model.cosines([read_rgb(path) for path, _ in batch], [text for _, text in batch]) for batch in batches]
+    cosines = [
+        model.cosines([read_rgb(path) for path, _ in batch], [text for _, text in batch])
+        for batch in tqdm(batches, desc=f"{model.family} of {folder}", disable=None)
+    ]
     values = 100 * torch.cat(cosines).double().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(f"The cosines of {model.name!r} are no numbers; its weights are damaged, so give another.")
     formats = sorted({path.suffix.lower().lstrip(".") for path, _ in pairs})
     return {
         "metric": f"{model.family}_score",
@@ -110,10 +124,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default=best_device())
     options = parser.parse_args(arguments)
     check_device(options.device, "float32")
+    output = options.output or Path(options.folder).resolve().parent / FILE
+    check_target("--output", output)
     read_pairs(options.folder)  # before the model is loaded
     record = score_alignment(options.folder, AlignmentModel(options.model, options.device), options.batch_size)
     record |= {"versions": versions(), "real": None, "generation": read_generation(options.folder)}
-    output = options.output or Path(options.folder).resolve().parent / FILE
     append_scores(output, [record])
     print(json.dumps({name: record[name] for name in ("metric", "value", "interval")}))
     print(output)

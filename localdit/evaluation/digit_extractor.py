@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from localdit.command_line import Parser, check_folder, counting_number, seed_number
+from localdit.command_line import Parser, counting_number, seed_number
 from localdit.data.digit_scenes import load_digits
+from localdit.evaluation.files import check_writable
 
 FILE = "digits.safetensors"
 CLASSES = 10
@@ -104,7 +105,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.output)
     if (folder / FILE).exists():
         raise ValueError(f"--output {str(folder)!r} holds an extractor; choose another folder.")
-    check_folder("--output", folder)
+    check_writable("--output", folder)
     network, accuracy = train_digit_network(options.epochs, options.seed)
     save_digit_network(network, folder, accuracy)
     print(json.dumps({"extractor": str(folder), "held_out_accuracy": round(accuracy, 4)}))

@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from safetensors.torch import save_file
 
 from localdit.command_line import Parser, counting_number, run, seed_number
@@ -18,8 +17,10 @@ from localdit.data.digit_scenes import (
     render_with_boxes,
     sample_scene,
 )
+from localdit.evaluation.alignment import read_pairs
 from localdit.evaluation.digit_reader import DigitSceneReader, Reading, SceneReading, load_reader
 from localdit.evaluation.digit_reader_training import train_reader
+from localdit.evaluation.images import read_rgb
 from localdit.evaluation.intervals import rate_interval
 
 __all__ = [
@@ -84,7 +85,9 @@ def score_readings(readings: list[SceneReading], captions: list[str]) -> dict:
         "intervals" [low, high] of these rates. Raises ValueError for a caption that is not in the grammar.
     """
     if len(readings) != len(captions):
-        raise ValueError(f"{len(readings)} pictures came with {len(captions)} captions; each picture needs one.")
+        raise ValueError(
+            f"The pictures ({len(readings)}) are not as many as the captions ({len(captions)}); each picture needs one."
+        )
     judgements = {"one_digit": [], "two_digits": [], "two_digits_held_out": []}
     for reading, scene in zip(readings, map(parse_caption, captions), strict=True):
         group = "one_digit" if scene.second is None else "two_digits_held_out" if scene.held_out else "two_digits"
@@ -98,11 +101,17 @@ def score(reader: DigitSceneReader, images, captions: list[str]) -> dict:
 
 
 def score_folder(reader: DigitSceneReader, folder: str | Path) -> dict:
-    """Score the pictures of a folder, whose metadata.jsonl has {"file_name": ..., "text": caption} on every line."""
+    """Score the pictures of a folder, whose metadata.jsonl has {"file_name": ..., "text": caption} on every line.
+
+    Without that file, each picture has its caption beside it in a .txt, as `generate` leaves it.
+    """
     metadata = Path(folder) / "metadata.jsonl"
+    if not metadata.is_file() and any(Path(folder).glob("*.txt")):
+        pairs = read_pairs(folder)
+        return score(reader, [read_rgb(path) for path, _ in pairs], [caption for _, caption in pairs])
     if not metadata.is_file():
         raise FileNotFoundError(
-            f'{metadata} is missing; it holds a line {{"file_name": ..., "text": ...}} per picture.'
+            f'{metadata} is missing; write a line {{"file_name": ..., "text": ...}} per picture, or a .txt beside each.'
         )
     entries = []
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
@@ -113,7 +122,7 @@ def score_folder(reader: DigitSceneReader, folder: str | Path) -> dict:
             raise ValueError(f'Line {number} of {metadata} is not {{"file_name": ..., "text": ...}}.') from error
     if not entries:
         raise ValueError(f"{metadata} names no pictures, so there is nothing to score.")
-    images = [Image.open(Path(folder) / name).convert("RGB") for name, _ in entries]
+    images = [read_rgb(Path(folder) / name) for name, _ in entries]
     return score(reader, images, [text for _, text in entries])
 
 

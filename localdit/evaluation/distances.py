@@ -58,7 +58,7 @@ def kernel_distance(real: np.ndarray, generated: np.ndarray, subsets: int = 100,
 
 def in_order(values: np.ndarray) -> np.ndarray:
     """The rows [N, D] in an order that depends on them alone."""
-    return values[np.lexsort(values[:, :8].T)]
+    return values[np.lexsort(values[:, :64].T)]  # of ReLUs' features, a few can be 0 in many rows
 
 
 def cubic_kernel(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -72,7 +72,8 @@ def gaussian_kernel(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def unit_length(values: np.ndarray) -> np.ndarray:
-    return values / np.linalg.norm(values, axis=1, keepdims=True)
+    """Rows of length 1; a row of nothing but 0 stays."""
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), np.finfo(values.dtype).tiny)
 
 
 def cmmd(real: np.ndarray, generated: np.ndarray) -> float:
@@ -124,7 +125,8 @@ def weighed_sum(
 def neighbourhoods(real: np.ndarray, generated: np.ndarray) -> dict[str, np.ndarray]:
     """Precision, recall, density and coverage (arXiv 1904.06991, 2002.09797), of each picture: their means are scores.
 
-    A picture's neighbourhood reaches to the fifth nearest of its own set.
+    A picture's neighbourhood reaches to the fifth nearest of its own set, and holds what lies just as far (<=, as in
+    arXiv 1904.06991, equation 1), so that a picture that is there six times over has its copies as neighbours.
 
     Returns:
         "precision" and "density" [M] of generated pictures, "recall" and "coverage" [N] of real ones.
@@ -135,10 +137,10 @@ def neighbourhoods(real: np.ndarray, generated: np.ndarray) -> dict[str, np.ndar
     for start in range(0, len(real), ROWS):
         part = slice(start, start + ROWS)
         distances = pairwise(real[part], generated)
-        inside = distances < real_radii[part, None]
+        inside = distances <= real_radii[part, None]
         covering += inside.sum(0)
         coverage[part] = inside.any(1)
-        recall[part] = (distances < generated_radii[None]).any(1)
+        recall[part] = (distances <= generated_radii[None]).any(1)
     return {
         "precision": (covering > 0).astype(float),
         "recall": recall.astype(float),
@@ -162,6 +164,7 @@ def pairwise(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def inception_score(logits: np.ndarray) -> float:
     """exp of the mean divergence of each picture's classes from those of all (arXiv 1606.03498), of logits [N, K]."""
-    log_each = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    each = np.exp(log_each)
-    return float(np.exp((each * (log_each - np.log(each.mean(0)))).sum(1).mean()))
+    from scipy.special import rel_entr, softmax
+
+    each = softmax(logits, axis=1)
+    return float(np.exp(rel_entr(each, each.mean(0)).sum(1).mean()))

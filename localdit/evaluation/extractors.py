@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from localdit.command_line import shortened
+from localdit.command_line import hide_loading_bars, shortened
 from localdit.evaluation.digit_extractor import FILE as DIGITS_FILE
 from localdit.evaluation.digit_extractor import load_digit_network
 from localdit.evaluation.images import RESIZE
@@ -56,6 +56,8 @@ def load_extractor(source: str, device: str = "cpu", weights: str | None = None)
     """
     if source == INCEPTION:
         return InceptionExtractor(device, weights)
+    if weights is not None:
+        raise ValueError(f"weights={weights!r} are for {INCEPTION!r}; {source!r} has its own, so leave them out.")
     if (Path(source) / DIGITS_FILE).is_file():
         return DigitExtractor(source, device)
     return TransformersExtractor(source, device)
@@ -90,22 +92,23 @@ class TransformersExtractor:
     def __init__(self, source: str, device: str = "cpu"):
         from transformers import AutoImageProcessor, AutoModel
 
+        hide_loading_bars()
+        self.device, self.name = device, source
         try:
             self.processor: Any = AutoImageProcessor.from_pretrained(source)
             self.model: Any = AutoModel.from_pretrained(source, dtype=torch.float32).to(device).eval()
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = shortened(" ".join(str(error).split()))
+            self.side = seen_side(self.processor)
+            self.dimension = self(2 * [Image.new("RGB", (self.side, self.side))]).features.shape[1]
+        except Exception as error:  # loading fails in many ways, and so does what is no image encoder
+            reason = first_sentence(error)
             if isinstance(error, OSError) and not Path(source).is_dir():
                 reason = "it is no folder here, and the Hugging Face Hub has no such model or cannot be reached"
             raise ValueError(
                 f"The extractor {source!r} cannot be loaded ({reason}); give {INCEPTION!r}, or the folder or Hub id of "
                 "an image encoder of transformers or of train-extractor."
             ) from error
-        self.device, self.name, self.family = device, source, self.model.config.model_type
-        self.sha256 = weights_hash(self.model)
-        self.side = seen_side(self.processor)
+        self.family, self.sha256 = self.model.config.model_type, weights_hash(self.model)
         self.preprocessing = f"{self.side} x {self.side} by {RESIZE}, {type(self.processor).__name__}"
-        self.dimension = self(2 * [Image.new("RGB", (self.side, self.side))]).features.shape[1]
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> Extracted:
@@ -115,9 +118,14 @@ class TransformersExtractor:
         return Extracted(pooled(encode(pixel_values=inputs["pixel_values"])))
 
 
+def first_sentence(error: Exception) -> str:
+    """What the libraries tell at length."""
+    return shortened(" ".join(str(error).split()).split(". ")[0], 150)
+
+
 def pooled(output: Any) -> torch.Tensor:
     """The one vector of each picture or text, which transformers up to 4 gives bare and later ones in an output."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
+    return output if isinstance(output, torch.Tensor) else output.pooler_output.flatten(1)
 
 
 def seen_side(processor: Any) -> int:

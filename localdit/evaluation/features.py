@@ -89,7 +89,7 @@ def features_of_folder(
     paths, state = list_images(folder), PartialState()
     own = paths[state.process_index :: state.num_processes]
     progress = tqdm(own, desc=f"{extractor.family} of {folder}", disable=None if state.is_main_process else True)
-    images, extracted = read_sized(list(progress), paths[0], size), []
+    images, extracted = read_sized(progress, paths[0], size), []
     batch: list[Image.Image] = []
     for image in images:
         batch.append(image)
@@ -108,8 +108,13 @@ def features_of_folder(
 
 
 def joined(extracted: list) -> tuple[np.ndarray, np.ndarray | None]:
-    """Batches of features and logits as one array of each."""
+    """Batches of features and logits as one array of each; raises a ValueError for features that are no numbers."""
     values = torch.cat([batch.features for batch in extracted]).float().cpu().numpy()
+    if bad := len(values) - int(np.isfinite(values).all(axis=1).sum()):
+        raise ValueError(
+            f"The extractor's features are no numbers in places (pictures: {bad} of {len(values)}); its weights are "
+            "damaged, so give another."
+        )
     if extracted[0].logits is None:
         return values, None
     return values, torch.cat([batch.logits for batch in extracted]).float().cpu().numpy()

@@ -1,5 +1,6 @@
 """Pictures of prompts or classes by a pipeline, for scores: each from a seed of its own, with how they came about."""
 
+import hashlib
 import inspect
 import json
 import resource
@@ -19,19 +20,21 @@ from localdit.command_line import (
     Parser,
     best_device,
     check_device,
-    check_folder,
     counting_number,
     load_pipeline,
     seed_number,
+    shortened,
     start_process,
 )
-from localdit.evaluation.files import write_whole
+from localdit.evaluation.files import check_writable, write_whole
 from localdit.evaluation.generation import FILE, load_settings
 from localdit.evaluation.images import SUFFIXES
+from localdit.evaluation.limits import counting_to
 from localdit.evaluation.prompt_sets import LAYOUTS, Entry, export, missing, read_prompts
 from localdit.evaluation.scores import versions
 
 USUAL = {"geneval": 4, "dpg-bench": 4, "t2i-compbench": 10}  # pictures of a prompt
+MOST_PICTURES, MOST_STEPS = 100_000, 10_000
 CALL = ("height", "width", "num_inference_steps", "guidance_scale")
 
 
@@ -57,7 +60,11 @@ class Drawer:
         """What a call uses: what was chosen, else the folder's own defaults, else the pipeline's."""
         parameters = inspect.signature(self.pipeline.__call__).parameters
         own = dict(self.pipeline.config.get("call_defaults", None) or {})
-        return {name: self.chosen.get(name, own.get(name, parameters[name].default)) for name in CALL}
+        known = [name for name in CALL if name in parameters]
+        found = {name: self.chosen.get(name, own.get(name, parameters[name].default)) for name in known}
+        if default_size := getattr(self.pipeline, "default_size", None):  # which pipelines of others do not tell
+            found["height"], found["width"] = default_size(found["height"], found["width"])
+        return found
 
     def peak_bytes(self) -> int:
         if torch.device(self.device).type == "cuda":
@@ -88,7 +95,7 @@ def draw_prompts(draw: Drawer, entries: list[Entry], options: Any, state: Partia
 
 def draw_classes(draw: Drawer, options: Any, state: PartialState) -> None:
     """Draw what is missing of `per_class` pictures of each class, named CLASS-NUMBER.png."""
-    classes = draw.pipeline.transformer.config.num_classes
+    classes = number_of_classes(draw.pipeline)
     whole = [(label, number) for label in range(classes) for number in range(options.per_class)]
     names = [f"{label:04}-{number:05}.png" for label, number in whole]
     absent = [place for place, name in enumerate(names) if not (Path(options.output) / name).is_file()]
@@ -100,33 +107,66 @@ def draw_classes(draw: Drawer, options: Any, state: PartialState) -> None:
             write_whole(Path(options.output), names[place], lambda draft, image=image: image.save(draft, format="PNG"))
 
 
-def settings_of(draw: Drawer, options: Any) -> dict[str, Any]:
+def number_of_classes(pipeline: DiffusionPipeline) -> int:
+    """0 for a pipeline of prompts."""
+    return getattr(pipeline.components.get("transformer"), "config", {}).get("num_classes") or 0
+
+
+def check_kind(pipeline: DiffusionPipeline, options: Any) -> None:
+    """Raise a ValueError where a model of classes is to draw prompts, or the other way round."""
+    if options.prompts and "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"--model {options.model!r} takes no prompts; give --per_class.")
+    if not options.prompts and not number_of_classes(pipeline):
+        raise ValueError(f"--model {options.model!r} knows no classes; give --prompts.")
+
+
+def what_to_draw(options: Any, entries: list[Entry]) -> dict[str, Any]:
+    if not options.prompts:
+        return {"per_class": options.per_class}
+    digest = hashlib.sha256("\n".join(entry.prompt for entry in entries).encode()).hexdigest()
+    told = {"prompts": options.prompts, "prompts_sha256": digest}
+    return {**told, "layout": options.layout, "per_prompt": options.per_prompt}
+
+
+def settings_of(draw: Drawer, options: Any, entries: list[Entry]) -> dict[str, Any]:
     """How the pictures come about; what must not differ between two parts of one folder."""
-    drawn = ("prompts", "layout", "per_prompt") if options.prompts else ("per_class",)
-    return {
+    settings = {
         "pipeline": options.model,
-        **{name: getattr(options, name) for name in (*drawn, "seed", "dtype")},
+        **what_to_draw(options, entries),
+        "seed": options.seed,
+        "dtype": options.dtype,
         **draw.call_settings(),
         "scheduler": type(draw.pipeline.scheduler).__name__,
         "scheduler_config": {name: value for name, value in draw.pipeline.scheduler.config.items() if name[0] != "_"},
         "versions": versions(),
     }
+    return json.loads(json.dumps(settings), parse_constant=str)  # schedulers know -inf, and JSON does not
 
 
-def check_same(path: Path, settings: dict[str, Any]) -> None:
-    """Raise a ValueError where a folder holds pictures of other settings."""
-    folder = path.parent
-    if not path.is_file():
-        if folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*")):
-            raise ValueError(f"--output {str(folder)!r} holds pictures of others; choose a folder of its own.")
-        return
-    before = load_settings(path)
-    if differing := [name for name, value in settings.items() if before.get(name) != json.loads(json.dumps(value))]:
-        name = differing[0]
-        raise ValueError(
-            f"--output holds pictures of another run ({name}={before.get(name)!r}, and now {settings[name]!r}); choose "
-            "another folder."
-        )
+def left_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run of these settings told of its pictures, or {}; raises a ValueError where they were others."""
+    before = load_settings(path) if path.is_file() else None
+    if not any(file.suffix.lower() in SUFFIXES for file in path.parent.rglob("*")):
+        return {}
+    if before is None:
+        raise ValueError(f"--output {str(path.parent)!r} holds pictures of others; choose a folder of its own.")
+    for name, now in settings.items():
+        if not same(name, was := before.get(name), now):
+            told = f"{name}={shortened(repr(was), 120)}, and now {shortened(repr(now), 120)}"
+            raise ValueError(f"--output holds pictures of another run ({told}); choose another folder.")
+    return before
+
+
+def same(name: str, was: Any, now: Any) -> bool:
+    """Whether a setting says the same of two runs, however a folder or file is spelled."""
+    if name == "pipeline":
+        return Path(str(was)).resolve() == Path(now).resolve()
+    return was == now or name == "prompts"  # whose sha256 stands beside it
+
+
+def tell(path: Path, settings: dict[str, Any]) -> None:
+    text = json.dumps(settings, indent=2) + "\n"
+    write_whole(path.parent, path.name, lambda draft: draft.write_text(text))
 
 
 def parser() -> Parser:
@@ -134,13 +174,13 @@ def parser() -> Parser:
     parser.add_argument("--model", required=True, help="folder or Hub id of a pipeline")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompts", help="file, or folder, of prompts")
-    what.add_argument("--per_class", type=counting_number, help="pictures of each class")
+    what.add_argument("--per_class", type=counting_to(MOST_PICTURES), help="pictures of each class")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="lines", help="of the prompts and of the pictures")
-    parser.add_argument("--per_prompt", type=counting_number, help="by default as many as the benchmark scores, or 1")
+    parser.add_argument("--per_prompt", type=counting_to(MOST_PICTURES), help="by default the benchmark's number, or 1")
     parser.add_argument("--output", required=True, help="folder of the pictures; those that are there stay")
     parser.add_argument("--height", type=counting_number)
     parser.add_argument("--width", type=counting_number)
-    parser.add_argument("--num_inference_steps", type=counting_number, help="by default the model's")
+    parser.add_argument("--num_inference_steps", type=counting_to(MOST_STEPS), help="by default the model's")
     parser.add_argument("--guidance_scale", type=float, help="by default the model's")
     parser.add_argument("--seed", type=seed_number, default=0, help="of the first picture; the next count up")
     parser.add_argument("--batch_size", type=counting_number, default=8)
@@ -153,17 +193,16 @@ def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     state, options.device = start_process(options.device)
     check_device(options.device, options.dtype)
-    check_folder("--output", options.output)
+    check_writable("--output", options.output)
     options.per_prompt = options.per_prompt or USUAL.get(options.layout, 1)
     entries = read_prompts(options.prompts, options.layout) if options.prompts else []
     draw = Drawer(load_pipeline(DiffusionPipeline, options.model, options.device, options.dtype), options)
     draw.pipeline.set_progress_bar_config(disable=True)
-    if not options.prompts and not getattr(draw.pipeline.transformer.config, "num_classes", None):
-        raise ValueError(f"--model {options.model!r} knows no classes; give --prompts.")
-    path, settings = Path(options.output) / FILE, settings_of(draw, options)
-    check_same(path, settings)
-    if state.is_main_process and not path.is_file():
-        write_whole(path.parent, FILE, lambda draft: draft.write_text(json.dumps(settings)))
+    check_kind(draw.pipeline, options)
+    path, settings = Path(options.output) / FILE, settings_of(draw, options, entries)
+    before = left_before(path, settings)
+    if state.is_main_process:
+        tell(path, {**before, **settings})
     state.wait_for_everyone()
     if options.prompts:
         draw_prompts(draw, entries, options, state)
@@ -171,12 +210,11 @@ def main(arguments: list[str]) -> None:
         draw_classes(draw, options, state)
     spent = [(draw.seconds, draw.pictures, draw.peak_bytes())]
     spent = gather_object(spent) if state.num_processes > 1 else spent
-    if not state.is_main_process or not sum(pictures for _, pictures, _ in spent):
+    if not state.is_main_process:
         return
-    seconds = sum(seconds for seconds, _, _ in spent) / sum(pictures for _, pictures, _ in spent)
-    measured = {"device": options.device, "seconds_per_image": seconds, "peak_memory_bytes": max(p for *_, p in spent)}
-    before = load_settings(path)  # the cost of a whole folder says more than that of what was missing of it
-    measured = {name: before.get(name, value) for name, value in measured.items()}
-    told = json.dumps({**settings, **measured}, indent=2) + "\n"
-    write_whole(path.parent, FILE, lambda draft: draft.write_text(told))
+    if pictures := sum(pictures for _, pictures, _ in spent):
+        seconds, memory = sum(seconds for seconds, *_ in spent) / pictures, max(memory for *_, memory in spent)
+        measured = {"device": options.device, "seconds_per_image": seconds, "peak_memory_bytes": memory}
+        # the cost of a whole folder says more than that of what was missing of it
+        tell(path, {**settings, **measured, **before})
     print(options.output)

@@ -22,7 +22,7 @@ def read_generation(folder: str | Path) -> dict[str, Any] | None:
 def load_settings(path: Path) -> dict[str, Any]:
     """What a generation.json holds; raises a ValueError where it is damaged."""
     try:
-        settings = json.loads(path.read_text())
+        settings = json.loads(path.read_text(), parse_constant=str)
         if not isinstance(settings, dict):
             raise ValueError("it is no JSON object")
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Pictures of a folder, read one by one in a fixed order."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,11 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 OTHERS = {".gif", ".avif", ".heic", ".jp2", ".npy", ".npz"}  # pictures, too, perhaps
+LARGEST = 4096  # pixels a side to scale to; no extractor sees more than a part of that
 RESIZE = "PIL bicubic"  # which averages over all that a pixel covers
 
 
-def list_images(folder: str | Path) -> list[Path]:
+def find_images(folder: str | Path) -> list[Path]:
     """The pictures in a folder and the folders in it, by name.
 
     Raises:
@@ -25,11 +26,17 @@ def list_images(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; give one with pictures.")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    others = [path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in OTHERS]
-    if others:
-        logger.warning("%d files of other kinds are left out (such as %s).", len(others), others[0].name)
     if not found:
         raise ValueError(f"{str(folder)!r} holds no picture; give a folder of {', '.join(sorted(SUFFIXES))} files.")
+    return found
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """What `find_images` finds, with a warning of what might be pictures, too."""
+    found = find_images(folder)
+    others = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix.lower() in OTHERS]
+    if others:
+        logger.warning("Files of other kinds are left out (%d, such as %s).", len(others), others[0].name)
     return found
 
 
@@ -77,7 +84,7 @@ def square(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
-def read_sized(paths: list[Path], like: Path, size: int | None) -> Iterator[Image.Image]:
+def read_sized(paths: Iterable[Path], like: Path, size: int | None) -> Iterator[Image.Image]:
     """The pictures as squares of `size`, or as they are if they all have the size of the picture `like`.
 
     Raises:

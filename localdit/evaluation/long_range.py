@@ -108,8 +108,8 @@ def score_colours(colours: np.ndarray) -> dict:
     count = len(readable)
     if count < 2:
         raise ValueError(
-            f"{count} of {len(colours)} pictures show a coloured digit in both squares, and at least 2 must; check the "
-            "distance between the digits, or give more pictures."
+            f"Too few pictures show a coloured digit in both squares ({count} of {len(colours)}, and 2 must); check "
+            "the distance between the digits, or give more."
         )
     table = np.zeros((len(COLOURS), len(COLOURS)), np.int64)
     np.add.at(table, (readable[:, 0], readable[:, 1]), 1)

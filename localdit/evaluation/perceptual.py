@@ -11,9 +11,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
 from localdit.command_line import Parser, best_device, check_device
 from localdit.conversion import STATE_DICT_SUFFIXES, read_state_dict
+from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
@@ -191,7 +193,7 @@ def mean_distance(first: str | Path, second: str | Path, network: Lpips) -> dict
     """
     device = next(network.parameters()).device
     distances = []
-    for paths in paired(first, second):
+    for paths in tqdm(paired(first, second), desc=f"{network.backbone} of {second}", disable=None):
         pictures = [read_rgb(path) for path in paths]
         if pictures[0].size != pictures[1].size:
             sizes = " and ".join(f"{picture.width} x {picture.height}" for picture in pictures)
@@ -216,6 +218,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--device", default=best_device(), help="cpu, cuda, mps; by default the best there is")
     options = parser.parse_args(arguments)
     check_device(options.device, "float32")
+    output = options.output or Path(options.second).resolve().parent / FILE
+    check_target("--output", output)
     paired(options.first, options.second)  # which fails before half a gigabyte is fetched
     path = find_weights(options.weights)
     network = load_network(path).to(options.device)
@@ -232,5 +236,5 @@ def main(arguments: list[str]) -> None:
         "generated": {"source": options.second, "count": count},
         "generation": read_generation(options.second),
     }
-    append_scores(options.output or Path(options.second).resolve().parent / FILE, [record])
+    append_scores(output, [record])
     print(json.dumps(record, indent=2))

@@ -178,8 +178,8 @@ class T2ICompBench(Layout):
         found = {f"samples/{path.name}" for path in (folder / "samples").glob("*")}
         if strangers := sorted(found - expected):
             raise ValueError(
-                f"{str(folder)!r} holds {strangers[0]!r}, which is none of {len(entries)} prompts at {per_prompt} "
-                "pictures each, and T2I-CompBench's scorers take every file there; choose another folder."
+                f"{str(folder)!r} holds {strangers[0]!r}, which is none of these prompts' ({len(entries)}, at "
+                f"per_prompt={per_prompt}), and T2I-CompBench's scorers take every file there; choose another folder."
             )
 
     def name(self, prompt: str, number: int) -> str:
@@ -257,7 +257,7 @@ def export(entries: Sequence[Entry], pictures: Iterable[list[Image.Image]], fold
         per_prompt = per_prompt or len(images)
         check_count(len(images), chosen)
         if len(images) != per_prompt:
-            raise ValueError(f"{entry} has {len(images)} pictures and others {per_prompt}; draw equally many of each.")
+            raise ValueError(f"The pictures of {entry} are {len(images)}, of others {per_prompt}; draw equally many.")
         composed = chosen.compose(images, folder)
         for name, text in chosen.texts(entry, per_prompt).items():
             write_whole(folder, name, lambda draft, text=text: draft.write_text(text, encoding="utf-8"))
@@ -274,11 +274,10 @@ def find_layout(name: str) -> Layout:
 def check_count(per_prompt: int, layout: Layout) -> None:
     if layout.pictures_needed is not None and per_prompt != layout.pictures_needed:
         raise ValueError(
-            f"{per_prompt} pictures for a prompt are not the {layout.pictures_needed} that this benchmark scores; draw "
-            f"{layout.pictures_needed}."
+            f"per_prompt={per_prompt} is not what this benchmark scores; draw {layout.pictures_needed} of each."
         )
     if per_prompt < 1:
-        raise ValueError(f"{per_prompt} pictures for a prompt are too few; draw at least one.")
+        raise ValueError(f"per_prompt={per_prompt} is too few; draw at least one of each.")
 
 
 def check_entries(entries: Sequence[Entry], layout: Layout) -> None:

@@ -256,7 +256,7 @@ def report(runs: list[Run]) -> dict[str, bytes]:
             paths = list_images(run.folder / IMAGES)
             name = f"samples-{quote(run.name, safe='')}.png"
             files[name] = png(sample_grid(paths[:SAMPLES]))
-            caption = f"{run.name}: the first {min(SAMPLES, len(paths))} of {len(paths)} pictures by name"
+            caption = f"{run.name}: pictures by name, the first {min(SAMPLES, len(paths))} of {len(paths)}"
             samples.append(figure(files[name], caption, "samples"))
     for metric in dict.fromkeys(metric for metric, _ in all_rows(runs)):
         if panels := trade_offs(runs, metric):

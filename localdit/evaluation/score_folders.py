@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from localdit.command_line import Parser, best_device, check_device, check_file, counting_number, start_process
+from localdit.command_line import Parser, best_device, check_device, counting_number, start_process
 from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_folder, load_features
+from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
-from localdit.evaluation.scores import FILE, METRICS, append_scores, score_features
+from localdit.evaluation.images import LARGEST, find_images
+from localdit.evaluation.limits import counting_to
+from localdit.evaluation.scores import FILE, METRICS, append_scores, check_resamples, score_features
 
 
 def parser() -> Parser:
@@ -18,7 +21,7 @@ def parser() -> Parser:
     parser.add_argument("--extractor", required=True, help="inception, or a folder or Hub id: see docs/evaluation.md")
     parser.add_argument("--weights", help="file of Inception's weights")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, help="by default all that fit")
-    parser.add_argument("--size", type=counting_number, help="cut and scale all pictures to squares of so many pixels")
+    parser.add_argument("--size", type=counting_to(LARGEST), help="cut and scale all to squares of so many pixels")
     parser.add_argument("--resamples", type=int, default=50, help="for the intervals; 0 for none")
     parser.add_argument("--force", action="store_true", help="FID of fewer pictures than features, too")
     parser.add_argument("--save_reference", help="file for the features of the real pictures (.safetensors)")
@@ -47,15 +50,19 @@ def main(arguments: list[str]) -> None:
     state, device = start_process(options.device)
     check_device(device, "float32")
     output = options.output or Path(options.generated or ".").resolve().parent / FILE
-    check_file("--output", output)
+    check_target("--output", output)
     if options.save_reference:
-        check_file("--save_reference", options.save_reference)
+        check_target("--save_reference", options.save_reference)
+    check_resamples(options.resamples)
+    for folder in filter(None, (options.real, options.generated)):
+        find_images(folder)  # before hours go into the other one
     extractor = load_extractor(options.extractor, device, options.weights)
     real = load_features(options.reference) if options.reference else None
     if options.real:
         real = features_of_folder(options.real, extractor, options.batch_size, options.size)
     if real is not None and options.save_reference and state.is_main_process:
         real.save(options.save_reference)
+        print(options.save_reference)
     if not options.generated:
         return
     generated = features_of_folder(options.generated, extractor, options.batch_size, options.size)

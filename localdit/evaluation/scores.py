@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 METRICS = ("fid", "kid", "cmmd", "precision", "recall", "density", "coverage", "inception_score")
 FILE = "scores.jsonl"
 TWO_SIDED = 1.96  # standard deviations
+MOST_RESAMPLES = 10_000
 
 
 def score_features(
@@ -57,8 +58,7 @@ def score_features(
     Raises:
         ValueError: where two extractors were used, a metric does not fit, or there are too few pictures.
     """
-    if resamples < 0 or resamples == 1:
-        raise ValueError(f"resamples={resamples} make no interval; give 0 for none, or at least 2.")
+    check_resamples(resamples)
     if unknown := sorted(set(metrics or ()) - set(METRICS)):
         raise ValueError(f"metrics={unknown} are not known; choose among {', '.join(METRICS)}.")
     check_comparable(real, generated)
@@ -155,6 +155,11 @@ def resampled_inception(logits: np.ndarray, resamples: int) -> Results:
     return {"inception_score": (inception_score(logits), np.array(drawn))}
 
 
+def check_resamples(resamples: int) -> None:
+    if resamples == 1 or not 0 <= resamples <= MOST_RESAMPLES:
+        raise ValueError(f"resamples={resamples} make no interval; give 0 for none, or from 2 to {MOST_RESAMPLES}.")
+
+
 def check_comparable(real: Features | None, generated: Features) -> None:
     if real is None:
         return
@@ -183,6 +188,12 @@ def why_not_fid(real: Features, generated: Features) -> str | None:
     )
 
 
+def check_enough(real: Features, generated: Features) -> None:
+    if (fewest := min(len(real.values), len(generated.values))) <= NEIGHBOURS:
+        there = "1 picture is" if fewest == 1 else f"{fewest} pictures are"
+        raise ValueError(f"{there} too few to compare; give more than {NEIGHBOURS} of each.")
+
+
 def check_wanted(wanted: list[str], real: Features | None, generated: Features, force: bool) -> None:
     """Raise a ValueError where a metric does not fit."""
     if "inception_score" in wanted and generated.logits is None:
@@ -195,8 +206,8 @@ def check_wanted(wanted: list[str], real: Features | None, generated: Features, 
         raise ValueError(f"{', '.join(against_real)} needs real pictures to compare with; give --real or --reference.")
     if real is None:
         return
-    if against_real and (fewest := min(len(real.values), len(generated.values))) <= NEIGHBOURS:
-        raise ValueError(f"{fewest} pictures are too few to compare; give more than {NEIGHBOURS} of each.")
+    if against_real:
+        check_enough(real, generated)
     if "fid" in wanted and not force and (reason := why_not_fid(real, generated)):
         raise ValueError(f"{reason}.")
 
@@ -206,6 +217,8 @@ def fitting(real: Features | None, generated: Features, force: bool) -> list[str
     wanted = [name for name in METRICS if real is not None or name == "inception_score"]
     if generated.logits is None:
         wanted.remove("inception_score")
+    if real is not None:
+        check_enough(real, generated)  # before a word of FID
     if real is not None and not force and (reason := why_not_fid(real, generated)):
         logger.warning("fid is left out: %s.", reason)
         wanted.remove("fid")

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from localdit.command_line import Parser, counting_number
+from localdit.command_line import Parser
 from localdit.evaluation.images import list_images, read_rgb, to_images
+from localdit.evaluation.limits import counting_to
 
 # ITU-R BT.601 in thousandths: whole numbers, so that equal pixels stay exactly equal
 LUMINANCE = np.array([299, 587, 114])
 RESAMPLES = 2000
+LARGEST = 65_536  # pixels along one side of a window
 
 # N pictures, P phases: a patch border k patches from the left or upper side of a picture has the phase k % P, where P
 # is the number of patches along a window
@@ -137,7 +139,7 @@ def _check_grid(period: int, patch: int, offsets: Sequence[int]) -> None:
     if not 0 < len(set(offsets)) < len(known):
         raise ValueError(
             f"offsets={list(offsets)} leave no window border, or no patch border to compare it with; "
-            f"give from one to {len(known) - 1} of {list(known)}."
+            f"give some, and not all, of the multiples of {patch} below {period}."
         )
 
 
@@ -145,8 +147,8 @@ def main(arguments: list[str]) -> None:
     """Run the command line, which prints the ratios as JSON."""
     parser = Parser(prog="python -m localdit.evaluation seams", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with pictures")
-    parser.add_argument("--period", type=counting_number, required=True, help="pixels along one side of a window")
-    parser.add_argument("--patch", type=counting_number, required=True, help="pixels along one side of a token")
+    parser.add_argument("--period", type=counting_to(LARGEST), required=True, help="pixels along one side of a window")
+    parser.add_argument("--patch", type=counting_to(LARGEST), required=True, help="pixels along one side of a token")
     parser.add_argument(
         "--offset", type=int, action="append", help="where windows start, in pixels; once for each shift; by default 0"
     )
