@@ -96,7 +96,8 @@ def test_weights_are_loaded_without_a_second_copy_and_a_copy_would_be_seen(small
     monkeypatch.setitem(startup.MODELS, "localdit", Copying)
     give_back()
     loading = startup.load("localdit", str(tmp_path / "localdit" / "float32"), "float32")
-    assert loading.total > 1.5 and loading.anonymous > 0.8
+    # the file's own pages may be gone by then, so what tells a copy is the memory that no file backs
+    assert loading.anonymous > 0.8
 
 
 @needs_proc
