@@ -266,14 +266,19 @@ def test_runs_hold_whole_windows_and_cover_the_sequence_once():
     for height, width, window_size, shift in random_layouts(50):
         layout = build_window_layout(height, width, window_size, shift)
         for chunk_tokens in (1, 7, 30, 10_000, None):
-            stop, windows = 0, 0
-            for start, shapes in layout.runs(chunk_tokens):
-                assert start == stop
-                tokens = sum(shape.count * shape.tokens for shape in shapes)
-                assert chunk_tokens is None or tokens <= max(chunk_tokens, window_size**2)
-                stop, windows = start + tokens, windows + sum(shape.count for shape in shapes)
-            assert stop == height * width
-            assert windows == sum(shape.count for shape in layout.shapes)
+            runs = list(layout.runs(chunk_tokens))
+            tokens = [sum(shape.count * shape.tokens for shape in shapes) for shapes in runs]
+            assert chunk_tokens is None or max(tokens) <= max(chunk_tokens, window_size**2)
+            assert sum(tokens) == height * width
+            cut = [(shape.height, shape.width) for shapes in runs for shape in shapes for _ in range(shape.count)]
+            whole = [(shape.height, shape.width) for shape in layout.shapes for _ in range(shape.count)]
+            assert cut == whole
+
+
+def test_runs_are_few_and_no_run_is_a_rest():
+    layout = build_window_layout(64, 64, window_size=8, shift=4)  # 49 windows of 8 x 8, and smaller ones around them
+    tokens = [sum(shape.count * shape.tokens for shape in shapes) for shapes in layout.runs(1024)]
+    assert tokens == [1024] * 4
 
 
 @pytest.mark.parametrize(("grid", "window_size", "shift"), [((8, 8), 4, 2), ((6, 9), 3, 1), ((8, 16), 4, 3)])

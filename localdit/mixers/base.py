@@ -8,7 +8,7 @@ from torch import nn
 
 from localdit.models.attention import LocalDiTAttention
 from localdit.models.checks import check_real
-from localdit.models.rope import grid_positions, rotary_table, rotate
+from localdit.models.rope import grid_positions, rotary_table
 
 # B batch, N tokens (grid height * grid width), H heads, D head dim
 
@@ -61,16 +61,20 @@ class TokenMixer(nn.Module):
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Mix the tokens of [B, N, C], row-major on `grid` = (height, width) with N = height * width."""
-        query, key, value = attn.to_query_key_value(hidden_states)
-        query, key = self.rotate(grid_positions(*grid, device=query.device), query, key)
-        return attn.to_output(self.mix(query, key, value, grid))
+        table = self.rotation(grid_positions(*grid, device=hidden_states.device))
+        return attn.to_output(self.mix(*attn.to_query_key_value(hidden_states, table), grid))
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Return the mixed values [B, N, H, D] of query, key and value [B, N, H, D]."""
         raise NotImplementedError
 
     def runs(
-        self, bands: Iterable[torch.Tensor], grid: tuple[int, int], chunk_tokens: int, device: torch.device
+        self,
+        bands: Iterable[torch.Tensor],
+        grid: tuple[int, int],
+        chunk_tokens: int,
+        device: torch.device,
+        alike: bool = False,
     ) -> Iterator[TokenRun]:
         """Runs of about `chunk_tokens` of the grid's tokens, of which none meets a token of another run.
 
@@ -81,13 +85,13 @@ class TokenMixer(nn.Module):
             grid: (height, width) in tokens.
             chunk_tokens: tokens of a run, of each picture.
             device: of the tokens.
+            alike: make runs that differ in numbers only, so that one compiled graph serves many of them.
         """
         raise NotImplementedError
 
-    def rotate(self, positions: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Rotate each of `states` [..., N, H, D] by `positions` [..., N, 2]; without RoPE, return them as they are."""
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine [..., N, 1, D / 2] that turn states [..., N, H, D] at `positions` [..., N, 2], with RoPE."""
         if self.rope_theta is None:
-            return states
+            return None
         cosine, sine = rotary_table(positions, self.attention_head_dim, self.rope_theta)
-        table = cosine.unsqueeze(-2), sine.unsqueeze(-2)  # one angle for all heads
-        return tuple(rotate(state, table) for state in states)
+        return cosine.unsqueeze(-2), sine.unsqueeze(-2)  # one angle for all heads

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from localdit.mixers.base import TokenMixer
 from localdit.models.attention import LocalDiTAttention
-from localdit.models.rope import grid_positions
+from localdit.models.rope import grid_positions, rotate
 
 # B batch, N tokens, H heads, D head dim
 
@@ -58,7 +58,8 @@ class LinearAttnProcessor(TokenMixer):
             query, key = features(query.float()), features(key.float())
             # means, not sums: the result is the same, and no longer sequence can make them larger
             weight = torch.einsum("bnhd,bhd->bnh", query, key.mean(dim=1))
-            query, key = self.rotate(grid_positions(*grid, device=query.device), query, key)
+            table = self.rotation(grid_positions(*grid, device=query.device))
+            query, key = rotate(query, table), rotate(key, table)
             state = torch.einsum("bnhd,bnhe->bhde", key, value.float()) / key.shape[1]  # [B, H, D, D]
             mixed = torch.einsum("bnhd,bhde->bnhe", query, state) / (weight + EPSILON).unsqueeze(-1)
         return mixed.to(value.dtype)

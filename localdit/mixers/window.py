@@ -1,5 +1,6 @@
 """Window attention: the grid is cut into small rectangles, and tokens attend inside their own."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,18 +47,16 @@ class WindowLayout:
     place: torch.Tensor
     shapes: tuple[WindowShape, ...]
 
-    def runs(self, chunk_tokens: int | None) -> Iterator[tuple[int, tuple[WindowShape, ...]]]:
-        """Start and window groups of each run: all at once for None, else whole windows of about `chunk_tokens`."""
-        start = 0
+    def runs(self, chunk_tokens: int | None, alike: bool = False) -> Iterator[tuple[WindowShape, ...]]:
+        """Window groups of each run, in order: all at once for None, else whole windows of at most `chunk_tokens`.
+
+        With `alike` a run has windows of one shape only.
+        """
         if chunk_tokens is None:
-            yield start, self.shapes
+            yield self.shapes
             return
-        for shape in self.shapes:
-            windows = max(1, chunk_tokens // shape.tokens)
-            for first in range(0, shape.count, windows):
-                run = WindowShape(shape.height, shape.width, min(windows, shape.count - first))
-                yield start, (run,)
-                start += run.count * run.tokens
+        for shapes in [(shape,) for shape in self.shapes] if alike else [self.shapes]:
+            yield from cut_into_runs(shapes, chunk_tokens)
 
 
 @dataclass(frozen=True)
@@ -75,16 +74,38 @@ class PooledGrid:
 
 @dataclass(frozen=True)
 class WindowRun(TokenRun):
-    """Some windows of one shape. Its tensors say how many and how large, so that one graph serves many.
+    """Some windows. Its tensors say how many and how large, so that one graph serves many.
 
     Attributes:
-        positions: row and column of a window's tokens, counted from its corner, shape [n, 2]; with global context,
-            which stands outside of it, those of every window on the grid, shape [W, n, 2].
+        positions: for each shape of windows, row and column of their tokens, shape [W, n, 2]. They are counted from the
+            window's corner, or with global context, which stands outside of it, on the grid.
         pooled: the whole grid, where the mixer has global context.
     """
 
-    positions: torch.Tensor
+    positions: tuple[torch.Tensor, ...]
     pooled: PooledGrid | None
+
+
+def cut_into_runs(shapes: tuple[WindowShape, ...], chunk_tokens: int) -> Iterator[tuple[WindowShape, ...]]:
+    """Groups of windows of at most `chunk_tokens` tokens, but at least a window.
+
+    They are of about the same size, since a matrix product of few tokens takes as long to begin as one of many.
+    """
+    total = sum(shape.count * shape.tokens for shape in shapes)
+    even = math.ceil(total / math.ceil(total / chunk_tokens)) + max(shape.tokens for shape in shapes) - 1
+    room = length = min(chunk_tokens, even)
+    run: list[WindowShape] = []
+    for shape in shapes:
+        left = shape.count
+        while left:
+            fitting = max(room // shape.tokens, int(not run))
+            if count := min(left, fitting):
+                run.append(WindowShape(shape.height, shape.width, count))
+                left, room = left - count, room - count * shape.tokens
+            if left:
+                yield tuple(run)
+                run, room = [], length
+    yield tuple(run)
 
 
 def cut_axis(length: int, window_size: int, shift: int) -> dict[int, list[int]]:
@@ -183,17 +204,13 @@ class WindowAttnProcessor(TokenMixer):
         Or mix the windows of one `run`, [B, n, C].
         """
         if run is not None:
-            return self.mix_runs(attn, hidden_states, [run])
+            return self.mix_run(attn, hidden_states, run)
         # neither a graph nor a fake tensor may leave its own layout to others
         cacheable = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
         layout = self.layout(grid, hidden_states.device, cacheable)
-        pooled = self.pool([hidden_states], grid)
-        hidden_states = hidden_states.index_select(1, layout.order)
-        mixed = []
-        for start, shapes in layout.runs(self.chunk_tokens(hidden_states)):
-            runs = list(self.window_runs(layout, start, shapes, grid, pooled))
-            stop = start + sum(len(run.tokens) for run in runs)
-            mixed.append(self.mix_runs(attn, hidden_states[:, start:stop], runs))
+        runs = layout.runs(self.chunk_tokens(hidden_states))
+        runs = self.window_runs(layout, runs, grid, self.pool([hidden_states], grid))
+        mixed = [self.mix_run(attn, hidden_states.index_select(1, run.tokens), run) for run in runs]
         return torch.cat(mixed, dim=1).index_select(1, layout.place)
 
     def layout(self, grid: tuple[int, int], device: torch.device, cacheable: bool) -> WindowLayout:
@@ -202,31 +219,37 @@ class WindowAttnProcessor(TokenMixer):
         return layout_of(*grid, self.window_size, self.shift, device)
 
     def runs(
-        self, bands: Iterable[torch.Tensor], grid: tuple[int, int], chunk_tokens: int, device: torch.device
+        self,
+        bands: Iterable[torch.Tensor],
+        grid: tuple[int, int],
+        chunk_tokens: int,
+        device: torch.device,
+        alike: bool = False,
     ) -> Iterator[WindowRun]:
-        pooled = self.pool(bands, grid)
         layout = self.layout(grid, device, cacheable=not torch.compiler.is_compiling())
-        for start, shapes in layout.runs(chunk_tokens):
-            yield from self.window_runs(layout, start, shapes, grid, pooled)
+        return self.window_runs(layout, layout.runs(chunk_tokens, alike), grid, self.pool(bands, grid))
 
     def window_runs(
         self,
         layout: WindowLayout,
-        start: int,
-        shapes: tuple[WindowShape, ...],
+        runs: Iterable[tuple[WindowShape, ...]],
         grid: tuple[int, int],
         pooled: PooledGrid | None,
     ) -> Iterator[WindowRun]:
-        """One run for each shape, from place `start` of the sorted sequence on."""
-        for shape in shapes:
-            tokens = layout.order[start : start + shape.count * shape.tokens]
+        """The windows of a grid, run by run."""
+        start = 0
+        for shapes in runs:
+            tokens = layout.order[start : start + sum(shape.count * shape.tokens for shape in shapes)]
             start += len(tokens)
             if pooled is None:
-                # RoPE sees differences only, so one table counted from the corner serves every window
-                positions = grid_positions(shape.height, shape.width, device=tokens.device)
+                # RoPE sees differences only, and in the same positions all windows of a shape are alike
+                corners = [grid_positions(shape.height, shape.width, device=tokens.device) for shape in shapes]
+                positions = [own.expand(shape.count, -1, -1) for own, shape in zip(corners, shapes, strict=True)]
             else:
-                positions = torch.stack((tokens // grid[1], tokens % grid[1]), dim=-1).unflatten(0, (-1, shape.tokens))
-            yield WindowRun(tokens, positions, pooled)
+                places = torch.stack((tokens // grid[1], tokens % grid[1]), dim=-1)
+                parts = places.split([shape.count * shape.tokens for shape in shapes])
+                positions = [own.unflatten(0, (shape.count, -1)) for own, shape in zip(parts, shapes, strict=True)]
+            yield WindowRun(tokens, tuple(positions), pooled)
 
     def chunk_tokens(self, hidden_states: torch.Tensor) -> int | None:
         """Tokens per picture in one run, or None for all at once: in training, in a graph, off the CPU."""
@@ -234,16 +257,17 @@ class WindowAttnProcessor(TokenMixer):
             return None
         return max(1, CHUNK_TOKENS // max(1, hidden_states.shape[0]))
 
-    def mix_runs(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, runs: list[WindowRun]) -> torch.Tensor:
-        """Project the tokens of some runs [B, n, C], attend inside their windows and project back."""
-        pooled = runs[0].pooled
-        context = None if pooled is None else self.context(attn, pooled)
-        states = attn.to_query_key_value(hidden_states)
-        if len(runs) == 1:
-            return attn.to_output(self.mix_windows(*states, runs[0].positions, context))
-        parts = zip(*(state.split([len(run.tokens) for run in runs], dim=1) for state in states), strict=True)
-        mixed = [self.mix_windows(*part, run.positions, context) for run, part in zip(runs, parts, strict=True)]
-        return attn.to_output(torch.cat(mixed, dim=1))
+    def mix_run(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, run: WindowRun) -> torch.Tensor:
+        """Project the tokens of a run [B, n, C], attend inside their windows and project back."""
+        context = None if run.pooled is None else self.context(attn, run.pooled)
+        table = self.rotation(torch.cat([positions.flatten(0, 1) for positions in run.positions]))
+        states = attn.to_query_key_value(hidden_states, table)
+        tokens = [positions.shape[:2].numel() for positions in run.positions]
+        parts = zip(*(state.split(tokens, dim=1) for state in states), strict=True)
+        mixed = [
+            self.mix_windows(*part, positions, context) for part, positions in zip(parts, run.positions, strict=True)
+        ]
+        return attn.to_output(mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1))
 
     def mix_windows(
         self,
@@ -253,14 +277,12 @@ class WindowAttnProcessor(TokenMixer):
         positions: torch.Tensor,
         context: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
-        """Attend inside windows of one shape, [B, W * n, H, D] to [B, W * n, H, D]."""
-        tokens = positions.shape[-2]
-        query, key, value = (states.unflatten(1, (-1, tokens)) for states in (query, key, value))  # [B, W, n, H, D]
-        query, key = self.rotate(positions, query, key)
+        """Attend inside windows of one shape, at `positions` [W, n, 2]: [B, W * n, H, D] to [B, W * n, H, D]."""
+        windows = positions.shape[:2]
+        query, key, value = (states.unflatten(1, windows) for states in (query, key, value))  # [B, W, n, H, D]
         if context is not None:
-            windows = query.shape[1]
             key, value = (
-                torch.cat((own, pooled[:, None].expand(-1, windows, -1, -1, -1)), dim=2)  # [B, W, n + G, H, D]
+                torch.cat((own, pooled[:, None].expand(-1, windows[0], -1, -1, -1)), dim=2)  # [B, W, n + G, H, D]
                 for own, pooled in zip((key, value), context, strict=True)
             )
         bias = self.relative_position_bias(positions, key.shape[2], query.dtype)
@@ -281,15 +303,13 @@ class WindowAttnProcessor(TokenMixer):
 
     def context(self, attn: LocalDiTAttention, pooled: PooledGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, G, H, D] that every window attends to beside its own."""
-        _, key, value = attn.to_query_key_value(pooled.states + self.context_embedding)
-        (key,) = self.rotate(pooled.centres, key)
-        return key, value
+        return attn.to_key_value(pooled.states + self.context_embedding, self.rotation(pooled.centres))
 
     def relative_position_bias(self, positions: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The learned bias of a window's scores, [1, H, n, keys]; pooled keys, which come last, have none."""
         if self.relative_position_bias_table is None:
             return None
-        window = positions if positions.ndim == 2 else positions[0]  # [n, 2], alike for all but for where they start
+        window = positions[0]  # [n, 2], alike for all windows but for where they start
         offsets = window[:, None] - window[None] + self.window_size - 1  # [n, n, 2]
         index = offsets[..., 0] * (2 * self.window_size - 1) + offsets[..., 1]
         bias = self.relative_position_bias_table[index].permute(2, 0, 1).to(dtype)  # [H, n, n]

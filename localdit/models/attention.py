@@ -8,6 +8,8 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import nn
 
+from localdit.models.rope import rotate
+
 # B batch, N image tokens, L text tokens, H heads, D head dim
 
 # diffusers' backends that take no mask
@@ -60,6 +62,33 @@ def attend_by_matmul(
     elif attention_mask is not None:
         scores = scores + attention_mask.to(scores.dtype)
     return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+class HeadNorm(nn.Module):
+    """Makes heads [..., H, D] of queries or keys ready for attention: leaves them as they are, and turns them."""
+
+    def forward(self, states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Turn [..., H, D] by a rotary table, cosine and sine broadcastable to [..., H, D / 2]; None turns nothing."""
+        return rotate(states, table)
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """As `HeadNorm`, after an RMSNorm over each head.
+
+    Torch's RMSNorm takes a CPU seven passes over the memory, the turn another, and in half precision both go to fp32
+    and back. Where no gradient asks for what is in between, four passes over one fp32 copy do.
+    """
+
+    def forward(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return rotate(super().forward(x), table)
+        exact = x.float()
+        square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
+        exact = exact * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        exact.mul_(self.weight)
+        if table is not None:
+            torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(torch.complex(*table))
+        return exact.to(x.dtype)
 
 
 class CrossAttnProcessor:
@@ -126,8 +155,8 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         self.to_k = nn.Linear(query_dim, inner_dim, bias=bias)
         self.to_v = nn.Linear(query_dim, inner_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, query_dim), nn.Dropout(dropout)])
-        self.norm_q = nn.RMSNorm(dim_head, eps=qk_norm_eps) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(dim_head, eps=qk_norm_eps) if qk_norm else nn.Identity()
+        self.norm_q = HeadRMSNorm(dim_head, eps=qk_norm_eps) if qk_norm else HeadNorm()
+        self.norm_k = HeadRMSNorm(dim_head, eps=qk_norm_eps) if qk_norm else HeadNorm()
         self.set_processor(processor)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -147,22 +176,34 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
         """Split [..., H * D] into [..., H, D]."""
         return states.unflatten(-1, (self.heads, -1))
 
-    def to_query_key_value(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Project [B, N, C] to query, key and value [B, N, H, D]; query and key come normalised."""
+    def to_query_key_value(
+        self, hidden_states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project [B, N, C] to query, key and value [B, N, H, D].
+
+        Query and key come normalised, and turned by `table`: cosine and sine, broadcastable to [B, N, H, D / 2].
+        """
         if self.fused_projections:
             query, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-        query, key, value = self.to_heads(query), self.to_heads(key), self.to_heads(value)
-        return self.norm_q(query), self.norm_k(key), value
+        query, key = self.norm_q(self.to_heads(query), table), self.norm_k(self.to_heads(key), table)
+        return query, key, self.to_heads(value)
 
-    def to_key_value(self, encoder_hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Project a second sequence [B, L, C] to key and value [B, L, H, D]; the key comes normalised."""
-        if self.fused_projections:
-            key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+    def to_key_value(
+        self, hidden_states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project another sequence [B, L, C] to key and value [B, L, H, D], which no query goes with.
+
+        The key comes normalised and turned, as in `to_query_key_value`.
+        """
+        if self.fused_projections and self.is_cross_attention:
+            key, value = self.to_kv(hidden_states).chunk(2, dim=-1)
+        elif self.fused_projections:
+            _, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
-        return self.norm_k(self.to_heads(key)), self.to_heads(value)
+            key, value = self.to_k(hidden_states), self.to_v(hidden_states)
+        return self.norm_k(self.to_heads(key), table), self.to_heads(value)
 
     def to_output(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Merge the heads of [B, N, H, D] and project to [B, N, C]."""

@@ -39,16 +39,18 @@ def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[
     return angles.cos(), angles.sin()
 
 
-def rotate(states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
     """Turn the adjacent channel pairs (0, 1), (2, 3), ... of `states` by the angles of `table`.
 
     Args:
         states: queries or keys, shape [..., D].
-        table: cosine and sine, each broadcastable to [..., D / 2].
+        table: cosine and sine, each broadcastable to [..., D / 2]; None leaves the states as they are.
 
     Returns:
         The rotated states, computed in fp32, in the shape and dtype of `states`.
     """
+    if table is None:
+        return states
     cosine, sine = table
     pairs = states.float().unflatten(-1, (-1, 2))
     if pairs.device.type in COMPLEX_DEVICES and not torch.compiler.is_compiling():
