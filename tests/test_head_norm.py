@@ -1,4 +1,4 @@
-"""What makes the heads of queries and keys ready: an RMSNorm and a turn, in few passes where no gradient is asked for."""
+"""What makes heads of queries and keys ready: an RMSNorm and a turn, in few passes where no gradient is asked for."""
 
 import pytest
 import torch
