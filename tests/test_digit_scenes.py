@@ -365,14 +365,25 @@ def write_folder(folder, captions):
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
-def test_score_command_prints_the_rates_of_a_folder(reader, tmp_path, capsys):
-    write_folder(tmp_path, ["a red seven on a black background", "a cyan zero on a gray background"])
+def test_score_command_prints_and_keeps_the_rates_of_a_folder(reader, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    two = "a red one above a cyan two on a gray background"
+    write_folder(folder, ["a red seven on a black background", "a cyan zero on a gray background", two])
     weights = tmp_path / "reader.safetensors"
     save_file(reader.state_dict(), weights)
-    main(["score", "--images", str(tmp_path), "--reader", str(weights)])
+    main(["score", "--images", str(folder), "--reader", str(weights)])
     printed = json.loads(capsys.readouterr().out)
-    assert printed == score_folder(load_reader(weights), tmp_path)
+    assert printed == score_folder(load_reader(weights), folder)
     assert printed["one_digit"]["prompts"] == 2
+    kept = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    told = [(record["metric"], record["settings"]["prompts"], record["generated"]["count"]) for record in kept]
+    group = "two_digits_held_out" if "two_digits_held_out" in printed else "two_digits"
+    assert told == [("scenes_correct", "one_digit", 2), ("scenes_correct", group, 1), ("scenes_relation", group, 1)]
+    assert kept[0]["value"] == printed["one_digit"]["rates"]["all"]
+    assert kept[0]["interval"] == printed["one_digit"]["intervals"]["all"]
+    assert kept[0]["detail"] == printed["one_digit"]
+    assert all(len(record["extractor"]["sha256"]) == 64 for record in kept)
 
 
 def test_check_command_scores_real_scenes_of_every_group(reader, tmp_path, capsys):

@@ -181,9 +181,23 @@ def test_pictures_that_cannot_be_scored_are_refused():
         draw_pairs(1, np.random.default_rng(0), match=1.5)
 
 
-def test_the_command_line_prints_the_scores_of_a_folder(tmp_path, capsys):
+def test_the_command_line_keeps_the_scores_of_a_folder(tmp_path, capsys):
     images, colours = draw_pairs(12, np.random.default_rng(0), distance=32, match=0.5)
+    (tmp_path / "images").mkdir()
     for index, image in enumerate(images):
-        Image.fromarray(image).save(tmp_path / f"{index:02}.png")
-    main([str(tmp_path), "--distance", "32"])
-    assert json.loads(capsys.readouterr().out) == {"distance": 32, **score_colours(colours)}
+        Image.fromarray(image).save(tmp_path / "images" / f"{index:02}.png")
+    main([str(tmp_path / "images"), "--distance", "32"])
+    readable, matching, association = (
+        json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()
+    )
+    expected = score_colours(colours)
+    assert matching["detail"] == expected
+    assert (matching["metric"], matching["value"]) == ("long_range_matching", expected["matching"])
+    assert matching["interval"] == expected["interval"]
+    assert (association["metric"], association["value"]) == ("long_range_cramers_v", expected["cramers_v"]["value"])
+    assert association["interval"] == expected["cramers_v"]["interval"]
+    assert (readable["metric"], readable["value"]) == ("long_range_readable", expected["readable"])
+    for record in (readable, matching, association):
+        assert record["settings"] == {"distance": 32}
+        assert record["generated"]["count"] == 12 and record["generated"]["size"] == [64, 64]
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "scores.jsonl")

@@ -15,7 +15,7 @@ from torch import nn
 from torchmetrics.functional.image import lpips as reference
 
 from localdit.evaluation.intervals import mean_interval
-from localdit.evaluation.perceptual import Lpips, find_weights, load_network, lpips, main, mean_distance
+from localdit.evaluation.perceptual import Lpips, find_weights, load_network, lpips, main, score_pairs
 
 BACKBONES = ("vgg", "alex")
 
@@ -195,19 +195,21 @@ def test_torchmetrics_is_named_where_it_is_not_installed(monkeypatch):
 
 
 def test_the_mean_is_over_pairs_of_one_name_whatever_the_size_of_each_pair(weights, tmp_path):
-    sizes = {"a.png": (32, 32), "b.png": (48, 40), "c.png": (32, 64)}
+    sizes = {"a.png": (32, 32), "b.png": (48, 40), "c.png": (48, 40), "d.png": (48, 40), "e.png": (32, 64)}
     first, second = write_pictures(tmp_path / "1", sizes, seed=0), write_pictures(tmp_path / "2", sizes, seed=1)
     network = load_network(weights)
-    result = mean_distance(first, second, network)
+    result = score_pairs(first, second, network, batch_size=2)
     pixels = [
         [torch.tensor(np.array(Image.open(folder / name))).permute(2, 0, 1)[None] / 255 for folder in (first, second)]
         for name in sizes
     ]
     distances = [float(lpips(*pair, network)) for pair in pixels]
-    assert result["value"] == pytest.approx(np.mean(distances)) and result["count"] == 3
+    assert result["value"] == pytest.approx(np.mean(distances), rel=1e-5)
+    assert result["real"]["count"] == result["generated"]["count"] == 5 and result["generated"]["size"] is None
     low, high = result["interval"]
     assert min(distances) <= low < result["value"] < high <= max(distances)
-    assert mean_distance(first, first, network) == {"value": 0.0, "interval": [0.0, 0.0], "count": 3}
+    same = score_pairs(first, first, network)
+    assert (same["value"], same["interval"]) == (0, [0, 0])
 
 
 def test_the_interval_of_a_mean_is_that_of_its_standard_error():
@@ -224,23 +226,25 @@ def test_pictures_without_a_partner_or_of_another_size_are_refused(weights, tmp_
     second = write_pictures(tmp_path / "2", {"a.png": (32, 32)})
     for folders in ((first, second), (second, first)):
         with pytest.raises(ValueError, match=r"'.*/1/b.png' has no partner in '.*/2' \(1 like that\)"):
-            mean_distance(*folders, network)
+            score_pairs(*folders, network)
     write_pictures(second, {"b.png": (32, 40)})
     with pytest.raises(ValueError, match="b.png' and its partner have 32 x 32 and 32 x 40 pixels"):
-        mean_distance(first, second, network)
+        score_pairs(first, second, network)
     with pytest.raises(ValueError, match="is no folder"):
-        mean_distance(first, tmp_path / "3", network)
+        score_pairs(first, tmp_path / "3", network)
 
 
-def test_the_command_line_prints_all_that_it_takes_to_repeat_the_score(weights, tmp_path, capsys):
+def test_the_command_line_keeps_all_that_it_takes_to_repeat_the_score(weights, tmp_path, capsys):
     sizes = {"a.png": (32, 32), "b.png": (48, 40)}
     folders = [str(write_pictures(tmp_path / str(seed), sizes, seed)) for seed in (1, 2)]
     main([*folders, "--weights", str(weights), "--device", "cpu"])
-    told = json.loads(capsys.readouterr().out)
-    expected = mean_distance(*folders, load_network(weights))
-    assert told["generated"]["count"] == expected.pop("count") == 2
-    assert {name: told[name] for name in expected} == expected
-    assert json.loads((tmp_path / "scores.jsonl").read_text()) == told
+    told = json.loads((tmp_path / "scores.jsonl").read_text())
+    expected = score_pairs(*folders, load_network(weights))
+    assert told["generated"]["count"] == 2
+    assert told == {**expected, "extractor": told["extractor"]}
+    low, high = told["interval"]
+    line = f"lpips {told['value']:.4g} ({low:.4g} to {high:.4g})"
+    assert capsys.readouterr().out == f"{line}\n{tmp_path / 'scores.jsonl'}\n"
     assert told["extractor"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert (told["metric"], told["extractor"]["family"], told["extractor"]["name"]) == ("lpips", "alex", str(weights))
     assert {"localdit", "torch", "torchmetrics"} <= told["versions"].keys()

@@ -1,8 +1,6 @@
 """Scores of folders of pictures: what they record, what they refuse, and what must not change them."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -18,8 +16,9 @@ from localdit.evaluation.digit_extractor import DigitNetwork, save_digit_network
 from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_folder, features_of_images, load_features
 from localdit.evaluation.images import list_images, read_rgb
+from localdit.evaluation.records import append_scores
 from localdit.evaluation.score_folders import main
-from localdit.evaluation.scores import METRICS, append_scores, score_features
+from localdit.evaluation.scores import METRICS, score_features
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +61,7 @@ def test_every_score_says_all_that_it_takes_to_repeat_it(folders, extractor):
         assert "bicubic" in record["extractor"]["preprocessing"]
         assert record["real"]["count"] == record["generated"]["count"] == 50
         assert record["generated"]["formats"] == ["png"]
+        assert record["generated"]["size"] == [28, 28] and record["generated"]["resize"] is None
         assert record["generation"] == {"seed": 3}
         assert {"localdit", "torch", "torchmetrics"} <= record["versions"].keys()
         json.dumps(record)
@@ -143,25 +143,6 @@ def test_features_of_different_extractors_are_not_compared(folders, extractor, t
         score_features(other, features_of_folder(folders["train"], extractor))
 
 
-def test_one_process_and_two_find_the_same_scores(folders, extractor_folder, tmp_path):
-    arguments = ["--generated", str(folders["train"]), "--real", str(folders["test"]), "--resamples", "0"]
-    arguments += ["--extractor", str(extractor_folder), "--device", "cpu", "--batch_size", "4"]
-    main([*arguments, "--output", str(tmp_path / "one.jsonl")])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "localdit.evaluation"]
-    subprocess.run(
-        [*launch, "score", *arguments, "--output", str(tmp_path / "two.jsonl")],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=300,
-    )
-    one, two = (
-        values([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()])
-        for name in ("one", "two")
-    )
-    assert one.keys() == two.keys()
-    assert two == pytest.approx(one, rel=1e-4, abs=1e-4)
-
-
 def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_path):
     def refused(message: str, folder=tmp_path, **options) -> None:
         with pytest.raises(ValueError, match=message):
@@ -176,7 +157,8 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_pat
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     Image.new("RGB", (40, 30)).save(tmp_path / "b.png")
     refused("b.png has 40 x 30 pixels and a.png 30 x 30; give --size")
-    assert features_of_folder(tmp_path, extractor, size=16).pictures["size"] == [16, 16]
+    told = features_of_folder(tmp_path, extractor, size=16).pictures
+    assert told["size"] == [16, 16] and told["resize"] == "PIL bicubic"
     pictures = np.zeros((3, 8, 8, 3))
     pictures[1, 0, 0, 0] = np.nan
     with pytest.raises(ValueError, match=r"Pictures \[1\] hold pixels that are no numbers"):
@@ -216,7 +198,7 @@ def test_a_wrong_folder_is_told_before_the_other_one_is_read(folders, extractor_
 
 def test_the_bar_goes_as_pictures_are_read(folders, extractor, monkeypatch):
     begun: list = []
-    monkeypatch.setattr("localdit.evaluation.features.tqdm", lambda paths, **_: (begun.append(x) or x for x in paths))
+    monkeypatch.setattr("localdit.evaluation.processes.tqdm", lambda paths, **_: (begun.append(x) or x for x in paths))
     seen: list[int] = []
     extract = type(extractor).__call__
     monkeypatch.setattr(type(extractor), "__call__", lambda *given: seen.append(len(begun)) or extract(*given))

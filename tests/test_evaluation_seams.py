@@ -198,14 +198,62 @@ def test_a_grid_that_cannot_be_compared_is_refused(period, patch, offsets, words
         seam_ratio(uint8(noise(1)), period, patch, offsets)
 
 
-def test_the_command_line_prints_what_the_function_returns(tmp_path, capsys):
-    pictures = uint8(with_steps(noise(3), 12, PERIOD))
+def write_folder(folder, pictures):
+    folder.mkdir()
     for index, picture in enumerate(pictures):
-        Image.fromarray(picture).save(tmp_path / f"{index}.png")
-    main([str(tmp_path), "--period", "32", "--patch", "8", "--offset", "0", "--offset", "16"])
-    expected = seam_ratio(pictures, PERIOD, PATCH, [0, 16])
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected))
+        Image.fromarray(picture).save(folder / f"{index}.png")
+    return str(folder)
+
+
+def kept(folder):
+    return [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+
+
+def test_the_command_line_keeps_what_the_function_returns(tmp_path, capsys):
+    pictures = uint8(with_steps(noise(3), 12, PERIOD))
+    folder = write_folder(tmp_path / "images", pictures)
+    (tmp_path / "generation.json").write_text('{"seed": 7}')
+    main([folder, "--period", "32", "--patch", "8", "--offset", "0", "--offset", "16"])
+    expected = seam_ratio(pictures, PERIOD, PATCH, [0, 16])["offsets"]
+    records = kept(tmp_path)
+    for record, measured in zip(records, expected, strict=True):
+        assert record["metric"] == "seams" and record["detail"] == json.loads(json.dumps(measured))
+        assert record["value"] == measured["together"]["ratio"]
+        assert record["interval"] == measured["together"]["interval"]
+        assert record["settings"] == {"period": 32, "patch": 8, "offset": measured["offset"]}
+        assert record["generation"] == {"seed": 7} and record["generated"]["count"] == 3
+        assert record["versions"]["localdit"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("seams (period 32, patch 8, offset 0) ") and printed[2].endswith("scores.jsonl")
     with pytest.raises(ValueError, match="argument --period: 100000000 is more than 65536; choose that or less"):
-        main([str(tmp_path), "--period", "100000000", "--patch", "8"])
-    main([str(tmp_path), "--period", "32", "--patch", "8"])
-    assert [measured["offset"] for measured in json.loads(capsys.readouterr().out)["offsets"]] == [0]
+        main([folder, "--period", "100000000", "--patch", "8"])
+    main([folder, "--period", "32", "--patch", "8"])
+    assert [record["settings"]["offset"] for record in kept(tmp_path)] == [0, 16, 0]
+
+
+def test_beside_real_pictures_favourite_places_are_no_seam(tmp_path):
+    def drawn(count, seed, height=0.0):
+        # strokes that like the places of the window borders, as a digit likes the middle of a picture
+        return uint8(with_steps(with_steps(noise(count, seed=seed), 10, PERIOD), height, PERIOD))
+
+    real, good = write_folder(tmp_path / "real", drawn(40, 0)), write_folder(tmp_path / "good", drawn(30, 1))
+    bad = write_folder(tmp_path / "bad", drawn(30, 2, height=8))
+    for folder in (good, bad):
+        main([folder, "--period", "32", "--patch", "8", "--real", real])
+    alone, beside, seamed, seamed_beside = kept(tmp_path)
+    assert alone["interval"][0] > 1.5 and covers(beside, 1)
+    assert (beside["metric"], beside["real"]["count"]) == ("seams_to_real", 40)
+    assert beside["value"] == pytest.approx(
+        alone["value"] / seam_ratio(drawn(40, 0), PERIOD, PATCH)["offsets"][0]["together"]["ratio"], rel=1e-3
+    )
+    # steps of 10 and 18 on noise of 8: 1 + h² / (2 s²) of each
+    assert seamed_beside["value"] == pytest.approx((1 + 18**2 / 128) / (1 + 10**2 / 128), rel=0.06)
+    assert seamed_beside["interval"][0] > 1 and seamed["value"] > alone["value"]
+
+
+def test_an_interval_without_a_bound_is_none_in_the_record(tmp_path):
+    seams_alone = uint8(with_steps(np.full((5, SIZE, SIZE, 3), 100.0), 10, PERIOD))
+    folder = write_folder(tmp_path / "images", np.concatenate([seams_alone, uint8(noise(1))]))
+    main([folder, "--period", "32", "--patch", "8"])
+    [record] = kept(tmp_path)
+    assert record["interval"] is None and record["detail"]["together"]["interval"][0] > 1

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from localdit.command_line import Parser, best_device, check_device, counting_number, shortened
+from localdit.command_line import Parser, best_device, check_device, counting_number, shortened, start_process
 from localdit.evaluation.extractors import TransformersExtractor, first_sentence, pooled
 from localdit.evaluation.features import about
-from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
-from localdit.evaluation.scores import FILE, append_scores, versions
+from localdit.evaluation.processes import gathered, own_part, shown
+from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
 
 PROMPTS = "prompts.jsonl"  # in a folder of pictures: {"file": ..., "prompt": ...} a line
 
@@ -93,26 +92,34 @@ def read_pairs(folder: str | Path) -> list[tuple[Path, str]]:
 def score_alignment(folder: str | Path, model: AlignmentModel, batch_size: int = 32) -> dict[str, Any]:
     """The mean cosine x 100 of the pictures of a folder and their prompts, as CLIPScore (arXiv 2104.08718) without 2.5.
 
+    Several processes of accelerate each take a part.
+
     Returns:
-        "metric" ("clip_score", "siglip_score", ...), "value", "interval", "extractor", "generated".
+        a record whose "metric" is "clip_score", "siglip_score", ...; its "interval" is of 2,000 bootstrap resamples.
+
+    Raises:
+        ValueError: where a picture has no prompt or cannot be read, or the model gives no numbers.
     """
     pairs = read_pairs(folder)
-    batches = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
-    cosines = [
-        model.cosines([read_rgb(path) for path, _ in batch], [text for _, text in batch])
-        for batch in tqdm(batches, desc=f"{model.family} of {folder}", disable=None)
-    ]
-    values = 100 * torch.cat(cosines).double().numpy()
+    own = own_part(pairs)
+    batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+    found: list[tuple[float, tuple[int, int]]] = []
+    for batch in shown(batches, f"{model.family} of {folder}"):
+        pictures = [read_rgb(path) for path, _ in batch]
+        cosines = model.cosines(pictures, [text for _, text in batch]).tolist()
+        found += zip(cosines, [picture.size for picture in pictures], strict=True)
+    cosines, sizes = zip(*gathered(found), strict=True)
+    values = 100 * np.array(cosines)
     if not np.isfinite(values).all():
         raise ValueError(f"The cosines of {model.name!r} are no numbers; its weights are damaged, so give another.")
-    formats = sorted({path.suffix.lower().lstrip(".") for path, _ in pairs})
-    return {
-        "metric": f"{model.family}_score",
-        "value": float(np.mean(values)),
-        "interval": mean_interval(values),
-        "extractor": about(model),
-        "generated": {"source": str(folder), "count": len(pairs), "formats": formats, "size": None},
-    }
+    return make_record(
+        f"{model.family}_score",
+        float(np.mean(values)),
+        mean_interval(values),
+        extractor=about(model),
+        generated=about_pictures(folder, [path for path, _ in pairs], sizes),
+        generation=read_generation(folder),
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -123,12 +130,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch_size", type=counting_number, default=32)
     parser.add_argument("--device", default=best_device())
     options = parser.parse_args(arguments)
-    check_device(options.device, "float32")
-    output = options.output or Path(options.folder).resolve().parent / FILE
-    check_target("--output", output)
+    _, device = start_process(options.device)
+    check_device(device, "float32")
+    output = scores_file(options.folder, options.output)
     read_pairs(options.folder)  # before the model is loaded
-    record = score_alignment(options.folder, AlignmentModel(options.model, options.device), options.batch_size)
-    record |= {"versions": versions(), "real": None, "generation": read_generation(options.folder)}
-    append_scores(output, [record])
-    print(json.dumps({name: record[name] for name in ("metric", "value", "interval")}))
-    print(output)
+    keep([score_alignment(options.folder, AlignmentModel(options.model, device), options.batch_size)], output)

@@ -2,14 +2,18 @@
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from safetensors.torch import save_file
 
-from localdit.command_line import Parser, counting_number, run, seed_number
+from localdit.command_line import Parser, counting_number, run, seed_number, start_process
 from localdit.data.digit_scenes import (
+    CANVAS,
     Scene,
     group_by_class,
     load_digits,
@@ -20,8 +24,11 @@ from localdit.data.digit_scenes import (
 from localdit.evaluation.alignment import read_pairs
 from localdit.evaluation.digit_reader import DigitSceneReader, Reading, SceneReading, load_reader
 from localdit.evaluation.digit_reader_training import train_reader
-from localdit.evaluation.images import read_rgb
+from localdit.evaluation.extractors import weights_hash
+from localdit.evaluation.generation import read_generation
 from localdit.evaluation.intervals import rate_interval
+from localdit.evaluation.processes import gathered, in_batches, own_pictures
+from localdit.evaluation.records import FILE, about_pictures, append_scores, make_record, scores_file
 
 __all__ = [
     "DigitSceneReader",
@@ -33,8 +40,11 @@ __all__ = [
     "score_folder",
     "score_readings",
     "score_real_scenes",
+    "scene_records",
     "train_reader",
 ]
+
+BATCH = 256  # pictures that are read into memory at a time
 
 
 def judge(reading: SceneReading, scene: Scene) -> dict[str, bool]:
@@ -101,14 +111,30 @@ def score(reader: DigitSceneReader, images, captions: list[str]) -> dict:
 
 
 def score_folder(reader: DigitSceneReader, folder: str | Path) -> dict:
-    """Score the pictures of a folder, whose metadata.jsonl has {"file_name": ..., "text": caption} on every line.
+    """Score the pictures of a folder with their captions, as `read_captions` finds them.
+
+    Several processes of accelerate each read a part.
+    """
+    pairs = read_captions(folder)
+    readings: list[SceneReading] = []
+    pictures = own_pictures([path for path, _ in pairs], f"scenes of {folder}")
+    for batch in in_batches(pictures, BATCH):
+        readings += reader.read(batch)
+    return score_readings(gathered(readings), [caption for _, caption in pairs])
+
+
+def read_captions(folder: str | Path) -> list[tuple[Path, str]]:
+    """The pictures of a folder with their captions: metadata.jsonl has {"file_name": ..., "text": ...} on every line.
 
     Without that file, each picture has its caption beside it in a .txt, as `generate` leaves it.
+
+    Raises:
+        FileNotFoundError: where there is neither.
+        ValueError: where the file is damaged or empty.
     """
     metadata = Path(folder) / "metadata.jsonl"
     if not metadata.is_file() and any(Path(folder).glob("*.txt")):
-        pairs = read_pairs(folder)
-        return score(reader, [read_rgb(path) for path, _ in pairs], [caption for _, caption in pairs])
+        return read_pairs(folder)
     if not metadata.is_file():
         raise FileNotFoundError(
             f'{metadata} is missing; write a line {{"file_name": ..., "text": ...}} per picture, or a .txt beside each.'
@@ -117,13 +143,48 @@ def score_folder(reader: DigitSceneReader, folder: str | Path) -> dict:
     for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             entry = json.loads(line)
-            entries.append((entry["file_name"], entry["text"]))
+            entries.append((Path(folder) / entry["file_name"], entry["text"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f'Line {number} of {metadata} is not {{"file_name": ..., "text": ...}}.') from error
     if not entries:
         raise ValueError(f"{metadata} names no pictures, so there is nothing to score.")
-    images = [read_rgb(Path(folder) / name) for name, _ in entries]
-    return score(reader, images, [text for _, text in entries])
+    return entries
+
+
+def scene_records(
+    scores: dict, reader: DigitSceneReader, name: str, generated: dict[str, Any], generation: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Records of what `score_readings` returns: "scenes_correct" of each group, and of two digits "scenes_relation".
+
+    Args:
+        name: the reader's file.
+        generated: what `about_pictures` tells of all the pictures.
+        generation: how they came about.
+    """
+    extractor = {
+        "name": name,
+        "family": "digit scene reader",
+        "sha256": weights_hash(reader),
+        "dimension": None,
+        "preprocessing": "64 x 64 pixels as they are",
+    }
+    records = []
+    for group, found in scores.items():
+        for field, metric in (("all", "scenes_correct"), ("relation", "scenes_relation")):
+            if field in found["rates"]:
+                records.append(
+                    make_record(
+                        metric,
+                        found["rates"][field],
+                        found["intervals"][field],
+                        extractor=extractor,
+                        generated={**generated, "count": found["prompts"]},
+                        generation=generation,
+                        settings={"prompts": group},
+                        **({"detail": found} if field == "all" else {}),
+                    )
+                )
+    return records
 
 
 def score_real_scenes(
@@ -175,6 +236,19 @@ def _train(arguments: argparse.Namespace) -> dict:
     return scores
 
 
+def _score_and_keep(images: Path, path: Path, output: str | None) -> dict:
+    """The scores of a folder, which go to a scores file as well."""
+    start_process("cpu")
+    reader, file = load_reader(path), scores_file(images, output)
+    scores = score_folder(reader, images)
+    if PartialState().is_main_process:
+        files = [file for file, _ in read_captions(images)]
+        pictures = about_pictures(images, files, [(CANVAS, CANVAS)])
+        append_scores(file, scene_records(scores, reader, str(path), pictures, read_generation(images)))
+        print(file, file=sys.stderr)  # the scores themselves go to stdout, as JSON
+    return scores
+
+
 def main(argv: list[str] | None = None):
     """Run the command line, which prints the rates as JSON."""
     parser = Parser(description=__doc__)
@@ -192,6 +266,7 @@ def main(argv: list[str] | None = None):
     scoring = commands.add_parser("score", help="score a folder of pictures")
     scoring.add_argument("--images", type=Path, required=True, help="folder with pictures and their metadata.jsonl")
     scoring.add_argument("--reader", type=Path, required=True, help="the reader's .safetensors file")
+    scoring.add_argument("--output", help=f"by default {FILE} beside the folder; lines are added")
     arguments = parser.parse_args(argv)
     if arguments.command == "train":
         result = _train(arguments)
@@ -199,8 +274,9 @@ def main(argv: list[str] | None = None):
         reader = load_reader(arguments.reader)
         result = score_real_scenes(reader, *load_digits("train"), arguments.scenes, arguments.seed)
     else:
-        result = score_folder(load_reader(arguments.reader), arguments.images)
-    print(json.dumps(result, indent=2))
+        result = _score_and_keep(arguments.images, arguments.reader, arguments.output)
+    if PartialState().is_main_process:
+        print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

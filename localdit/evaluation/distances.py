@@ -122,16 +122,17 @@ def weighed_sum(
     return total
 
 
-def neighbourhoods(real: np.ndarray, generated: np.ndarray) -> dict[str, np.ndarray]:
+def neighbourhoods(real: np.ndarray, generated: np.ndarray, neighbours: int = NEIGHBOURS) -> dict[str, np.ndarray]:
     """Precision, recall, density and coverage (arXiv 1904.06991, 2002.09797), of each picture: their means are scores.
 
-    A picture's neighbourhood reaches to the fifth nearest of its own set, and holds what lies just as far (<=, as in
-    arXiv 1904.06991, equation 1), so that a picture that is there six times over has its copies as neighbours.
+    A picture's neighbourhood reaches to the `neighbours`-th nearest of its own set, and holds what lies just as far
+    (<=, as in arXiv 1904.06991, equation 1), so that a picture that is there six times over has its copies as
+    neighbours.
 
     Returns:
         "precision" and "density" [M] of generated pictures, "recall" and "coverage" [N] of real ones.
     """
-    real_radii, generated_radii = radii(real), radii(generated)
+    real_radii, generated_radii = radii(real, neighbours), radii(generated, neighbours)
     recall, coverage = np.zeros(len(real), bool), np.zeros(len(real), bool)
     covering = np.zeros(len(generated))  # how many real neighbourhoods a generated picture lies in
     for start in range(0, len(real), ROWS):
@@ -144,15 +145,15 @@ def neighbourhoods(real: np.ndarray, generated: np.ndarray) -> dict[str, np.ndar
     return {
         "precision": (covering > 0).astype(float),
         "recall": recall.astype(float),
-        "density": covering / NEIGHBOURS,
+        "density": covering / neighbours,
         "coverage": coverage.astype(float),
     }
 
 
-def radii(rows: np.ndarray) -> np.ndarray:
-    """The distance of each row to the fifth nearest other one."""
+def radii(rows: np.ndarray, neighbours: int = NEIGHBOURS) -> np.ndarray:
+    """The distance of each row to the `neighbours`-th nearest other one."""
     parts = [pairwise(rows[start : start + ROWS], rows) for start in range(0, len(rows), ROWS)]
-    return np.concatenate([np.partition(part, NEIGHBOURS, axis=1)[:, NEIGHBOURS] for part in parts])  # 0 is itself
+    return np.concatenate([np.partition(part, neighbours, axis=1)[:, neighbours] for part in parts])  # 0 is itself
 
 
 def pairwise(first: np.ndarray, second: np.ndarray) -> np.ndarray:

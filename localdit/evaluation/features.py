@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tqdm import tqdm
 
 from localdit.evaluation.extractors import FeatureExtractor
 from localdit.evaluation.files import write_whole
 from localdit.evaluation.images import list_images, read_rgb, read_sized, to_images
+from localdit.evaluation.processes import gathered, in_batches, own_part, shown
+from localdit.evaluation.records import about_pictures, in_memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Features:
         values: [N, D].
         logits: of classes, [N, K], from extractors that know some.
         extractor: its name, family, sha256, dimension and preprocessing.
-        pictures: their source, count, formats, and size in pixels.
+        pictures: their source, count, formats, size in pixels and the filter that scaled them.
     """
 
     values: np.ndarray
@@ -71,7 +70,8 @@ def features_of_images(
     if not pictures:
         raise ValueError("There are no pictures; give at least one.")
     extracted = [extractor(pictures[first : first + batch_size]) for first in range(0, len(pictures), batch_size)]
-    told = {"source": "memory", "count": len(pictures), "formats": [], "size": list(pictures[0].size)}
+    sizes = {picture.size for picture in pictures}
+    told = in_memory(len(pictures), sizes.pop() if len(sizes) == 1 else None)
     return Features(*joined(extracted), about(extractor), told)
 
 
@@ -86,25 +86,14 @@ def features_of_folder(
     Raises:
         ValueError: where there is no picture, or one cannot be read, or they differ in size.
     """
-    paths, state = list_images(folder), PartialState()
-    own = paths[state.process_index :: state.num_processes]
-    progress = tqdm(own, desc=f"{extractor.family} of {folder}", disable=None if state.is_main_process else True)
-    images, extracted = read_sized(progress, paths[0], size), []
-    batch: list[Image.Image] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
-            extracted.append(extractor(batch))
-            batch = []
-    if batch:
-        extracted.append(extractor(batch))
-    mine = joined(extracted) if extracted else (None, None)  # there may be more processes than pictures
-    parts = [mine] if state.num_processes == 1 else gather_object([mine])
-    values, logits = (interleaved([part[index] for part in parts]) for index in (0, 1))
-    formats = sorted({path.suffix.lower().lstrip(".") for path in paths})
-    sides = [size, size] if size is not None else list(read_rgb(paths[0]).size)
-    told = {"source": str(folder), "count": len(paths), "formats": formats, "size": sides}
-    return Features(values, logits, about(extractor), told)
+    paths = list_images(folder)
+    progress = shown(own_part(paths), f"{extractor.family} of {folder}")
+    extracted = [extractor(batch) for batch in in_batches(read_sized(progress, paths[0], size), batch_size)]
+    values, logits = joined(extracted) if extracted else ([], None)  # there may be more processes than pictures
+    rows = gathered(values if logits is None else list(zip(values, logits, strict=True)))
+    values, logits = map(np.stack, zip(*rows, strict=True)) if isinstance(rows[0], tuple) else (np.stack(rows), None)
+    sides = (size, size) if size is not None else read_rgb(paths[0]).size
+    return Features(values, logits, about(extractor), about_pictures(folder, paths, [sides], size is not None))
 
 
 def joined(extracted: list) -> tuple[np.ndarray, np.ndarray | None]:
@@ -118,17 +107,6 @@ def joined(extracted: list) -> tuple[np.ndarray, np.ndarray | None]:
     if extracted[0].logits is None:
         return values, None
     return values, torch.cat([batch.logits for batch in extracted]).float().cpu().numpy()
-
-
-def interleaved(parts: list) -> Any:
-    """The rows that processes took in turns, in their order again; None of None."""
-    if parts[0] is None:
-        return None
-    parts = [part for part in parts if part is not None]
-    rows = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), parts[0].dtype)
-    for index, part in enumerate(parts):
-        rows[index :: len(parts)] = part
-    return rows
 
 
 def about(extractor: FeatureExtractor) -> dict[str, Any]:

@@ -27,15 +27,14 @@ from localdit.command_line import (
     start_process,
 )
 from localdit.evaluation.files import check_writable, write_whole
-from localdit.evaluation.generation import FILE, load_settings
+from localdit.evaluation.generation import CALL, FILE, call_settings, load_settings
 from localdit.evaluation.images import SUFFIXES
 from localdit.evaluation.limits import counting_to
 from localdit.evaluation.prompt_sets import LAYOUTS, Entry, export, missing, read_prompts
-from localdit.evaluation.scores import versions
+from localdit.evaluation.records import versions
 
 USUAL = {"geneval": 4, "dpg-bench": 4, "t2i-compbench": 10}  # pictures of a prompt
 MOST_PICTURES, MOST_STEPS = 100_000, 10_000
-CALL = ("height", "width", "num_inference_steps", "guidance_scale")
 
 
 class Drawer:
@@ -55,16 +54,6 @@ class Drawer:
         self.seconds += time.perf_counter() - start
         self.pictures += len(images)
         return images
-
-    def call_settings(self) -> dict[str, Any]:
-        """What a call uses: what was chosen, else the folder's own defaults, else the pipeline's."""
-        parameters = inspect.signature(self.pipeline.__call__).parameters
-        own = dict(self.pipeline.config.get("call_defaults", None) or {})
-        known = [name for name in CALL if name in parameters]
-        found = {name: self.chosen.get(name, own.get(name, parameters[name].default)) for name in known}
-        if default_size := getattr(self.pipeline, "default_size", None):  # which pipelines of others do not tell
-            found["height"], found["width"] = default_size(found["height"], found["width"])
-        return found
 
     def peak_bytes(self) -> int:
         if torch.device(self.device).type == "cuda":
@@ -130,17 +119,14 @@ def what_to_draw(options: Any, entries: list[Entry]) -> dict[str, Any]:
 
 def settings_of(draw: Drawer, options: Any, entries: list[Entry]) -> dict[str, Any]:
     """How the pictures come about; what must not differ between two parts of one folder."""
-    settings = {
+    return {
         "pipeline": options.model,
         **what_to_draw(options, entries),
         "seed": options.seed,
         "dtype": options.dtype,
-        **draw.call_settings(),
-        "scheduler": type(draw.pipeline.scheduler).__name__,
-        "scheduler_config": {name: value for name, value in draw.pipeline.scheduler.config.items() if name[0] != "_"},
+        **call_settings(draw.pipeline, draw.chosen),
         "versions": versions(),
     }
-    return json.loads(json.dumps(settings), parse_constant=str)  # schedulers know -inf, and JSON does not
 
 
 def left_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,14 @@
 """Long-range test: two digits far apart always have one colour in the training pictures; do they in a model's?"""
 
 import argparse
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from localdit.command_line import Parser
+from localdit.command_line import Parser, start_process
 from localdit.data.digit_scenes import (
     BACKGROUNDS,
     CANVAS,
@@ -20,8 +19,11 @@ from localdit.data.digit_scenes import (
     load_digits,
     render_with_boxes,
 )
-from localdit.evaluation.images import list_images, read_rgb, to_images
+from localdit.evaluation.generation import read_generation
+from localdit.evaluation.images import list_images, to_images
 from localdit.evaluation.intervals import rate_interval
+from localdit.evaluation.processes import gathered, own_pictures
+from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
 
 # Each digit fills a square on the falling diagonal: the upper left and the lower right one, `distance` pixels apart.
 SQUARE = 16  # pixels along one side
@@ -88,7 +90,7 @@ def read_colours(images: Iterable[Image.Image] | np.ndarray, distance: int = FAR
     """
     squares = _squares(distance)
     pictures = to_images(images) if isinstance(images, np.ndarray) else images
-    colours = [[_read_colour(pixels[square]) for square in squares] for pixels in _pixels(pictures)]
+    colours = [[_read_colour(pixels[square]) for square in squares] for pixels in map(_pixels, pictures)]
     return np.array(colours, np.int64).reshape(-1, 2)
 
 
@@ -175,13 +177,12 @@ def _draw_digit(
     square[top : top + digit.height, left : left + digit.width] = np.asarray(digit)
 
 
-def _pixels(pictures: Iterable[Image.Image]) -> Iterator[np.ndarray]:
-    for picture in pictures:
-        if picture.size != (CANVAS, CANVAS):
-            raise ValueError(
-                f"A picture has {picture.width} x {picture.height} pixels; those of this test have {CANVAS} x {CANVAS}."
-            )
-        yield np.asarray(picture.convert("RGB"), np.int64)
+def _pixels(picture: Image.Image) -> np.ndarray:
+    if picture.size != (CANVAS, CANVAS):
+        raise ValueError(
+            f"A picture has {picture.width} x {picture.height} pixels; those of this test have {CANVAS} x {CANVAS}."
+        )
+    return np.asarray(picture.convert("RGB"), np.int64)
 
 
 def _read_colour(square: np.ndarray) -> int:
@@ -193,8 +194,33 @@ def _read_colour(square: np.ndarray) -> int:
     return winner if certain else NO_COLOUR
 
 
+def score_folder(folder: str | Path, distance: int = FARTHEST) -> list[dict[str, Any]]:
+    """Records of how far the digits of a folder's pictures go together; several processes each read a part.
+
+    Returns:
+        records of "long_range_readable", "long_range_matching" (its "detail" tells the share by chance) and
+        "long_range_cramers_v": see `score_colours`.
+
+    Raises:
+        ValueError: where a picture cannot be read or has another size, or too few show two digits.
+    """
+    paths = list_images(folder)
+    colours = read_colours(own_pictures(paths, f"colours of {folder}"), distance)
+    scores = score_colours(np.array(gathered(colours)))
+    common = {
+        "generated": about_pictures(folder, paths, [(CANVAS, CANVAS)]),
+        "generation": read_generation(folder),
+        "settings": {"distance": distance},
+    }
+    readable, association = scores["readable"], scores["cramers_v"]
+    return [
+        make_record("long_range_readable", readable, rate_interval(readable, scores["pictures"]), **common),
+        make_record("long_range_matching", scores["matching"], scores["interval"], detail=scores, **common),
+        make_record("long_range_cramers_v", association["value"], association["interval"], **common),
+    ]
+
+
 def main(arguments: list[str]) -> None:
-    """Run the command line, which prints the scores of a folder as JSON."""
     parser = Parser(
         prog="python -m localdit.evaluation long-range",
         description=__doc__,
@@ -204,7 +230,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--distance", type=int, default=FARTHEST, help="pixels between the digits' centres along either axis"
     )
+    parser.add_argument("--output", help=f"where lines are added, {FILE} beside the folder unless said")
     options = parser.parse_args(arguments)
-    images = (read_rgb(path) for path in list_images(options.folder))
-    colours = read_colours(images, options.distance)
-    print(json.dumps({"distance": options.distance, **score_colours(colours)}, indent=2))
+    start_process("cpu")
+    output = scores_file(options.folder, options.output)
+    keep(score_folder(options.folder, options.distance), output)

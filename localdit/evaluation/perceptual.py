@@ -1,8 +1,7 @@
 """LPIPS: how different two pictures look, by what they stir in a network that learnt to tell objects."""
 
 import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,14 @@ import torch
 from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
-from localdit.command_line import Parser, best_device, check_device
+from localdit.command_line import Parser, best_device, check_device, counting_number, start_process
 from localdit.conversion import STATE_DICT_SUFFIXES, read_state_dict
-from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
-from localdit.evaluation.scores import FILE, append_scores, versions
+from localdit.evaluation.processes import gathered, own_part, shown
+from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
 
 VGG = "timm/vgg16.tv_in1k"  # torchvision's weights, for which LPIPS' heads were fitted
 WEIGHTS_FILE = "model.safetensors"
@@ -182,26 +180,58 @@ def paired(first: str | Path, second: str | Path) -> list[tuple[Path, Path]]:
     return [(path, found[1][name]) for name, path in found[0].items()]
 
 
-def mean_distance(first: str | Path, second: str | Path, network: Lpips) -> dict[str, Any]:
-    """LPIPS between the pictures of two folders that have one name.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def read_pairs_of(paths: Iterable[tuple[Path, Path]]) -> Iterator[Pair]:
+    """The pictures of each pair, float [1, 3, H, W] in [0, 1]; raises a ValueError where their sizes differ."""
+    for first, second in paths:
+        pictures = read_rgb(first), read_rgb(second)
+        if pictures[0].size != pictures[1].size:
+            sizes = " and ".join(f"{picture.width} x {picture.height}" for picture in pictures)
+            raise ValueError(f"{str(first)!r} and its partner have {sizes} pixels; bring both to one size.")
+        yield to_tensor(pictures[0]), to_tensor(pictures[1])
+
+
+def batches_of(pairs: Iterable[Pair], batch_size: int) -> Iterator[Pair]:
+    """Pairs in batches [B, 3, H, W] as long as neighbours have one size."""
+    batch: list[Pair] = []
+    for pair in pairs:
+        if batch and (len(batch) == batch_size or pair[0].shape != batch[0][0].shape):
+            yield torch.cat([first for first, _ in batch]), torch.cat([second for _, second in batch])
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield torch.cat([first for first, _ in batch]), torch.cat([second for _, second in batch])
+
+
+def score_pairs(first: str | Path, second: str | Path, network: Lpips, batch_size: int = 8) -> dict[str, Any]:
+    """LPIPS between the pictures of two folders that have one name; several processes of accelerate each take a part.
 
     Returns:
-        The "value", its 95% bootstrap "interval" over pairs, and their "count".
+        a record of the mean over pairs, with its 95% bootstrap "interval"; "real" is the first folder.
 
     Raises:
         ValueError: where a picture has no partner, another size than its partner, or cannot be read.
     """
-    device = next(network.parameters()).device
-    distances = []
-    for paths in tqdm(paired(first, second), desc=f"{network.backbone} of {second}", disable=None):
-        pictures = [read_rgb(path) for path in paths]
-        if pictures[0].size != pictures[1].size:
-            sizes = " and ".join(f"{picture.width} x {picture.height}" for picture in pictures)
-            raise ValueError(f"{str(paths[0])!r} and its partner have {sizes} pixels; bring both to one size.")
+    device, paths = next(network.parameters()).device, paired(first, second)
+    own = read_pairs_of(shown(own_part(paths), f"{network.backbone} of {second}"))
+    found: list[tuple[float, tuple[int, int]]] = []
+    for pictures in batches_of(own, batch_size):
         with torch.no_grad():
-            distances.append(float(lpips(*(to_tensor(picture).to(device) for picture in pictures), network)))
+            distances = lpips(*(each.to(device) for each in pictures), network).tolist()
+        height, width = pictures[0].shape[2:]
+        found += [(distance, (width, height)) for distance in distances]
+    distances, sizes = zip(*gathered(found), strict=True)
     values = np.array(distances)
-    return {"value": float(values.mean()), "interval": mean_interval(values), "count": len(values)}
+    return make_record(
+        "lpips",
+        float(values.mean()),
+        mean_interval(values),
+        real=about_pictures(first, [path for path, _ in paths], sizes),
+        generated=about_pictures(second, [path for _, path in paths], sizes),
+        generation=read_generation(second),
+    )
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
@@ -215,26 +245,17 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("second", metavar="FOLDER2", help="pictures of the same names and sizes")
     parser.add_argument("--weights", default=VGG, help="VGG16's or AlexNet's: a file or Hub id; by default %(default)s")
     parser.add_argument("--output", help=f"by default {FILE} beside FOLDER2; a line is added")
+    parser.add_argument("--batch_size", type=counting_number, default=8)
     parser.add_argument("--device", default=best_device(), help="cpu, cuda, mps; by default the best there is")
     options = parser.parse_args(arguments)
-    check_device(options.device, "float32")
-    output = options.output or Path(options.second).resolve().parent / FILE
-    check_target("--output", output)
+    _, device = start_process(options.device)
+    check_device(device, "float32")
+    output = scores_file(options.second, options.output)
     paired(options.first, options.second)  # which fails before half a gigabyte is fetched
     path = find_weights(options.weights)
-    network = load_network(path).to(options.device)
+    network = load_network(path).to(device)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    found = mean_distance(options.first, options.second, network)
-    count = found.pop("count")
-    record = {
-        "metric": "lpips",
-        **found,
-        "versions": versions(),
-        "extractor": {"name": options.weights, "family": network.backbone, "sha256": digest},
-        "real": {"source": options.first, "count": count},
-        "generated": {"source": options.second, "count": count},
-        "generation": read_generation(options.second),
-    }
-    append_scores(output, [record])
-    print(json.dumps(record, indent=2))
+    preprocessing = "as it is, normalised as LPIPS does"
+    seen_by = {"name": options.weights, "family": network.backbone, "sha256": digest, "preprocessing": preprocessing}
+    keep([{**score_pairs(options.first, options.second, network, options.batch_size), "extractor": seen_by}], output)

@@ -13,10 +13,12 @@ from PIL import Image
 
 from localdit.command_line import Parser
 from localdit.evaluation.images import list_images, read_rgb
+from localdit.evaluation.records import FILE as SCORES
 from localdit.evaluation.runs import (
     IMAGES,
     MADE,
     MEASURED,
+    ONE_IS_BEST,
     Run,
     Score,
     all_rows,
@@ -28,7 +30,6 @@ from localdit.evaluation.runs import (
     scores_of,
     told,
 )
-from localdit.evaluation.scores import FILE as SCORES
 
 PAGE = "report.html"
 UNKNOWN = "–"
@@ -39,6 +40,7 @@ SAMPLE_PIXELS = 128
 SAMPLE_GAP = 4
 
 ARROWS = {-1: " ↓", 0: "", 1: " ↑"}
+TO_ONE = " → 1"
 
 # Columns of the table of runs, by the key of "generation".
 SETTINGS = {
@@ -73,9 +75,9 @@ img { max-width: 100%; height: auto; }
 .plot { background: white; border-radius: .3rem; }
 """
 LEGEND = (
-    "↓: lower is better; ↑: higher is better; the small numbers are the interval of the score. Bold: the best run of a "
-    "row, where the intervals of all others lie clear of its own. Nothing is bold where an interval is missing, where "
-    "it is not known which direction is better, or where the runs were not measured alike."
+    "↓: lower is better; ↑: higher is better; → 1: best near 1; the small numbers are the interval of the score. Bold: "
+    "the best run of a row, where the intervals of all others lie clear of its own. Nothing is bold where an interval "
+    "is missing, where it is not known which direction is better, or where the runs were not measured alike."
 )
 TRADE_OFF = (
     "Bars are the intervals of the scores. Times and memory compare runs only on the same device and in the same dtype."
@@ -89,6 +91,11 @@ def shown(value: Any, key: str = "") -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)[:8] if key == "sha256" else str(value)
+
+
+def titled(metric: str) -> str:
+    """The name of a metric with the way to go."""
+    return metric + (TO_ONE if metric in ONE_IS_BEST else ARROWS[direction(metric)])
 
 
 def digits(value: float) -> str:
@@ -141,7 +148,7 @@ def score_table(runs: list[Run]) -> str:
             for part, key in (("extractor", "sha256"), ("real", "count"), ("generated", "count"))
         ]
         extracted = f"{extractor} {distinct[0]}".strip() or "no extractor"
-        heading = f"{escape(metric + ARROWS[direction(metric)])}<br><small>{escape(extracted)}</small>"
+        heading = f"{escape(titled(metric))}<br><small>{escape(extracted)}</small>"
         winner = best(scores, metric)
         cells = [score_cell(scores.get(run.name), run.name == winner) for run in runs]
         rows.append([heading, *cells, *(escape(counts) or UNKNOWN for counts in distinct[1:])])
@@ -211,7 +218,7 @@ def draw_panel(axes: Any, runs: list[Run], metric: str, extractor: str, key: str
     axes.margins(0.1)
     axes.set_xlim(0, 1.1 * max(point.get_xdata()[0] for point in points.values()) or 1)
     axes.set_xlabel(SETTINGS[key])
-    axes.set_ylabel(metric + ARROWS[direction(metric)], parse_math=False)
+    axes.set_ylabel(titled(metric), parse_math=False)
     axes.set_title(extractor if len(extractor) < 40 else f"…{extractor[-39:]}", fontsize="medium", parse_math=False)
     axes.grid(alpha=0.3)
     return points

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from localdit.evaluation.generation import read_generation
-from localdit.evaluation.scores import FILE as SCORES
+from localdit.evaluation.records import FILE as SCORES
+from localdit.evaluation.records import settings_of
 
 IMAGES = "images"
-PARTS = ("extractor", "real", "generated", "generation", "versions")
+PARTS = ("extractor", "real", "generated", "generation", "versions", "settings")
 LOWER_IS_BETTER = ("fid", "kid", "cmmd", "lpips")
-HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "inception_score")
+HIGHER_IS_BETTER = (
+    *("precision", "recall", "density", "coverage", "inception_score", "class_accuracy"),
+    *("scenes_correct", "scenes_relation", "recoloured_in_place"),
+    *("long_range_readable", "long_range_matching", "long_range_cramers_v"),
+)
+ONE_IS_BEST = ("seams", "seams_to_real", "class_diversity")
 
 # What runs must share for their scores to be comparable: how the page calls it, and where a score tells it.
 MEASURED = {
@@ -23,11 +29,17 @@ MEASURED = {
     "source of the real pictures": ("real", "source"),
     "number of real pictures": ("real", "count"),
     "number of generated pictures": ("generated", "count"),
+    "file format of the generated pictures": ("generated", "formats"),
+    "filter that scaled the generated pictures": ("generated", "resize"),
 }
-MADE = {"guidance scale": ("generation", "guidance_scale"), "number of steps": ("generation", "num_inference_steps")}
+MADE = {
+    "guidance scale": ("generation", "guidance_scale"),
+    "number of steps": ("generation", "num_inference_steps"),
+    "size of the generated pictures": ("generated", "size"),
+}
 
 Score = dict[str, Any]
-Row = tuple[str, str]  # a metric, and the name of its extractor
+Row = tuple[str, str]  # a metric, and by what it was measured: the name of its extractor, and its settings
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,12 @@ def read_score(line: bytes, place: str) -> Score:
     return score
 
 
+def measured_by(score: Score) -> str:
+    """What tells a score from others of its metric."""
+    name = str(score["extractor"].get("name") or "")
+    return ", ".join(filter(None, (name, settings_of(score))))
+
+
 def read_run(name: str, folder: Path) -> Run:
     """Read the scores of a run; raises a ValueError where they are missing or damaged."""
     if not folder.is_dir():
@@ -78,7 +96,7 @@ def read_run(name: str, folder: Path) -> Run:
         if line.strip():
             score = read_score(line, f"Line {number} of {file}")
             score["generation"] = score["generation"] or generation
-            scores[score["metric"], str(score["extractor"].get("name") or "")] = score
+            scores[score["metric"], measured_by(score)] = score
     if not scores:
         raise ValueError(f"{file} holds no score; score the pictures with python -m localdit.evaluation.")
     generations = (score["generation"] for score in reversed(scores.values()) if score["generation"])

@@ -1,7 +1,6 @@
 """python -m localdit.evaluation score: pictures of a folder against real ones."""
 
 from pathlib import Path
-from typing import Any
 
 from localdit.command_line import Parser, best_device, check_device, counting_number, start_process
 from localdit.evaluation.extractors import load_extractor
@@ -10,7 +9,8 @@ from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import LARGEST, find_images
 from localdit.evaluation.limits import counting_to
-from localdit.evaluation.scores import FILE, METRICS, append_scores, check_resamples, score_features
+from localdit.evaluation.records import FILE, keep, scores_file
+from localdit.evaluation.scores import METRICS, check_resamples, score_features
 
 
 def parser() -> Parser:
@@ -31,12 +31,6 @@ def parser() -> Parser:
     return parser
 
 
-def told(record: dict[str, Any]) -> str:
-    """A score in one line."""
-    within = record["interval"]
-    return f"{record['metric']} {record['value']:.4g}" + (f" ({within[0]:.4g} to {within[1]:.4g})" if within else "")
-
-
 def main(arguments: list[str]) -> None:
     options = parser().parse_args(arguments)
     if options.real and options.reference:
@@ -49,8 +43,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError("There is nothing to do; give --generated, or --real with --save_reference.")
     state, device = start_process(options.device)
     check_device(device, "float32")
-    output = options.output or Path(options.generated or ".").resolve().parent / FILE
-    check_target("--output", output)
+    output = scores_file(options.generated or ".", options.output)
     if options.save_reference:
         check_target("--save_reference", options.save_reference)
     check_resamples(options.resamples)
@@ -70,7 +63,4 @@ def main(arguments: list[str]) -> None:
         return
     generation = read_generation(options.generated)
     records = score_features(real, generated, options.metrics, generation, options.resamples, options.force)
-    append_scores(output, records)
-    for record in records:
-        print(told(record))
-    print(output)
+    keep(records, output)

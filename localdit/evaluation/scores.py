@@ -1,10 +1,7 @@
 """Scores of generated pictures against real ones, each with its interval and all that it takes to repeat it."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +19,11 @@ from localdit.evaluation.distances import (
     unit_length,
 )
 from localdit.evaluation.features import Features
-from localdit.version import VERSION
+from localdit.evaluation.records import make_record
 
 logger = logging.getLogger(__name__)
 
 METRICS = ("fid", "kid", "cmmd", "precision", "recall", "density", "coverage", "inception_score")
-FILE = "scores.jsonl"
 TWO_SIDED = 1.96  # standard deviations
 MOST_RESAMPLES = 10_000
 
@@ -66,7 +62,6 @@ def score_features(
     if metrics is not None:
         check_wanted(wanted, real, generated, force)
     common = {
-        "versions": versions(),
         "extractor": generated.extractor,
         "real": real.pictures if real is not None else None,
         "generated": generated.pictures,
@@ -77,20 +72,16 @@ def score_features(
     for names, compute in computations(real, generated, resamples):
         if asked := [name for name in names if name in wanted]:
             results = compute()
-            records += [{"metric": name, **interval(*results[name]), **common} for name in asked]
+            records += [make_record(name, results[name][0], interval(*results[name]), **common) for name in asked]
     return records
 
 
-def versions() -> dict[str, str]:
-    return {"localdit": VERSION, **{name: version(name) for name in ("torch", "torchmetrics", "transformers", "numpy")}}
-
-
-def interval(value: float, resampled: np.ndarray) -> dict[str, Any]:
-    """A value with its 95% interval, None where nothing was resampled."""
+def interval(value: float, resampled: np.ndarray) -> list[float] | None:
+    """The 95% interval of a value, None where nothing was resampled."""
     if not len(resampled):
-        return {"value": value, "interval": None}
+        return None
     half = TWO_SIDED * float(np.std(resampled, ddof=1))
-    return {"value": value, "interval": [value - half, value + half]}
+    return [value - half, value + half]
 
 
 Results = dict[str, tuple[float, np.ndarray]]
@@ -142,11 +133,13 @@ def resampled_cmmd(real: np.ndarray, generated: np.ndarray, resamples: int) -> n
     return resampled_mmd(unit_length(real), unit_length(generated), gaussian_kernel, False, resamples)
 
 
-def resampled_neighbourhoods(real: np.ndarray, generated: np.ndarray, resamples: int) -> Results:
+def resampled_neighbourhoods(
+    real: np.ndarray, generated: np.ndarray, resamples: int, neighbours: int = NEIGHBOURS
+) -> Results:
     """The neighbourhoods stay; which pictures the means are taken over is drawn anew."""
     return {
         name: (float(each.mean()), counts(len(each), resamples, 0) @ each / len(each))
-        for name, each in neighbourhoods(real, generated).items()
+        for name, each in neighbourhoods(real, generated, neighbours).items()
     }
 
 
@@ -226,12 +219,3 @@ def fitting(real: Features | None, generated: Features, force: bool) -> list[str
         raise ValueError("There is nothing to compute without real pictures or classes; give --real or --reference.")
     check_wanted(wanted, real, generated, force)
     return wanted
-
-
-def append_scores(path: str | Path, records: list[dict[str, Any]]) -> None:
-    """Add records to a file of JSON lines."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    cut = Path(path).is_file() and not Path(path).read_bytes().endswith(b"\n")  # by a kill, or an editor
-    with Path(path).open("a") as file:
-        file.write("\n" if cut and Path(path).stat().st_size else "")
-        file.writelines(json.dumps(record) + "\n" for record in records)

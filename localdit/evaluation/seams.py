@@ -1,15 +1,18 @@
 """Seams of windowed attention: whether pictures change more across window borders than across other patch borders."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from localdit.command_line import Parser
-from localdit.evaluation.images import list_images, read_rgb, to_images
+from localdit.command_line import Parser, start_process
+from localdit.evaluation.generation import read_generation
+from localdit.evaluation.images import list_images, to_images
 from localdit.evaluation.limits import counting_to
+from localdit.evaluation.processes import gathered, own_pictures
+from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
 
 # ITU-R BT.601 in thousandths: whole numbers, so that equal pixels stay exactly equal
 LUMINANCE = np.array([299, 587, 114])
@@ -45,17 +48,25 @@ def seam_ratio(
         ValueError: for a grid that cannot be compared, and where both directions have nothing to compare, since the
             pictures are too small to hold a window border, or have no gradient.
     """
-    _check_grid(period, patch, offsets)
-    phases = period // patch
-    borders = [offset // patch for offset in offsets]
-    others = [phase for phase in range(phases) if phase not in borders]
+    check_grid(period, patch, offsets)
     pictures = to_images(images) if isinstance(images, np.ndarray) else images
-    luminances = (np.asarray(picture.convert("RGB")) @ LUMINANCE for picture in pictures)
-    both = [(border_energy(pixels, patch, phases), border_energy(pixels.T, patch, phases)) for pixels in luminances]
-    sums = np.array(both).reshape(-1, 2, 2, phases)  # picture, direction, energy and pixels, phase
+    return compare_offsets([energies(picture, period, patch) for picture in pictures], period, patch, offsets)
+
+
+def energies(picture: Image.Image, period: int, patch: int) -> np.ndarray:
+    """What `border_energy` finds between columns and between rows of a picture, [2, 2, P]."""
+    luminance, phases = np.asarray(picture.convert("RGB")) @ LUMINANCE, period // patch
+    return np.stack([border_energy(pixels, patch, phases) for pixels in (luminance, luminance.T)])
+
+
+def compare_offsets(measured: Sequence[np.ndarray], period: int, patch: int, offsets: Sequence[int]) -> dict:
+    """What `seam_ratio` returns, of the `energies` of each picture."""
+    borders = [offset // patch for offset in offsets]
+    others = [phase for phase in range(period // patch) if phase not in borders]
+    sums = np.array(measured).reshape(-1, 2, 2, period // patch)  # picture, direction, energy and pixels, phase
     directions = {"columns": sums[:, 0], "rows": sums[:, 1], "together": sums.sum(axis=1)}
 
-    measured = []
+    ratios = []
     for offset, border in zip(offsets, borders, strict=True):
         found = {name: compare(part, border, others, patch) for name, part in directions.items()}
         if found["together"] is None:
@@ -64,8 +75,8 @@ def seam_ratio(
                 f"or the other patch borders; give pictures that are larger than {period} pixels "
                 "and of more than one colour."
             )
-        measured.append({"offset": offset, **found})
-    return {"pictures": len(sums), "period": period, "patch": patch, "offsets": measured}
+        ratios.append({"offset": offset, **found})
+    return {"pictures": len(sums), "period": period, "patch": patch, "offsets": ratios}
 
 
 def border_energy(luminance: np.ndarray, patch: int, phases: int) -> np.ndarray:
@@ -92,9 +103,7 @@ def compare(sums: np.ndarray, border: int, others: list[int], patch: int) -> dic
         too small or flat, the energy of all "phases" relative to the others' by their first place in pixels, which of
         these phases is the "highest", and the "rank" of the border's own: 1 where it is the highest.
     """
-    kinds = np.stack([sums[..., border], sums[..., others].sum(axis=-1)], axis=1)  # [N, border or others, 2]
-    comparable = (kinds[..., 1] > 0).all(axis=1) & (kinds[..., 0] > 0).any(axis=1)
-    kinds = kinds[comparable]
+    kinds, comparable = comparable_kinds(sums, border, others)
     total = kinds.sum(axis=0)  # [border or others, 2]
     if total[1, 0] == 0:
         return None
@@ -107,7 +116,7 @@ def compare(sums: np.ndarray, border: int, others: list[int], patch: int) -> dic
     }
     return {
         "ratio": relative[border * patch],
-        "interval": _interval(kinds),
+        "interval": _interval(resampled_ratios(kinds)) if len(kinds) > 1 else None,
         "pictures": len(kinds),
         "phases": relative,
         "highest": max(relative, key=relative.__getitem__),
@@ -115,22 +124,30 @@ def compare(sums: np.ndarray, border: int, others: list[int], patch: int) -> dic
     }
 
 
-def _interval(kinds: np.ndarray) -> list[float | None] | None:
-    """The 95% bootstrap interval of the ratio of pooled energies, from kinds [N, border or others, 2]."""
-    count = len(kinds)
-    if count == 1:
-        return None
-    rng = np.random.default_rng(0)
+def comparable_kinds(sums: np.ndarray, border: int, others: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The energies [M, border or others, 2] of the pictures that can be compared, and which of all [N] they are."""
+    kinds = np.stack([sums[..., border], sums[..., others].sum(axis=-1)], axis=1)  # [N, border or others, 2]
+    comparable = np.asarray((kinds[..., 1] > 0).all(axis=1) & (kinds[..., 0] > 0).any(axis=1))
+    return kinds[comparable], comparable
+
+
+def resampled_ratios(kinds: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Ratios of pooled energies of pictures drawn anew with replacement, [RESAMPLES], of [N, border or others, 2]."""
+    rng, count = np.random.default_rng(seed), len(kinds)
     resampled = np.stack([kinds[rng.integers(count, size=count)].sum(axis=0) for _ in range(RESAMPLES)])
     energy = resampled[..., 0] / resampled[..., 1]  # [RESAMPLES, border or others]
     with np.errstate(divide="ignore"):
-        ratios = energy[:, 0] / energy[:, 1]
+        return energy[:, 0] / energy[:, 1]
+
+
+def _interval(ratios: np.ndarray) -> list[float | None]:
+    """The 95% interval of resampled ratios; None for an end without a bound."""
     # a resample whose other borders are all flat is infinite, so that quantiles must not interpolate
     ends = np.quantile(ratios, [0.025, 0.975], method="inverted_cdf")
     return [round(float(end), 4) if np.isfinite(end) else None for end in ends]
 
 
-def _check_grid(period: int, patch: int, offsets: Sequence[int]) -> None:
+def check_grid(period: int, patch: int, offsets: Sequence[int]) -> None:
     if patch < 1 or period <= patch or period % patch:
         raise ValueError(f"period={period} is no multiple of patch={patch} above it; give both in pixels.")
     known = range(0, period, patch)
@@ -143,8 +160,83 @@ def _check_grid(period: int, patch: int, offsets: Sequence[int]) -> None:
         )
 
 
+def against_real(
+    generated: Sequence[np.ndarray], real: Sequence[np.ndarray], period: int, patch: int, offsets: Sequence[int]
+) -> list[dict]:
+    """The ratio of generated pictures over that of real ones, both of rows and columns together, for each offset.
+
+    1 where window borders are as strong in both, whatever the favourite places of what they show.
+
+    Args:
+        generated, real: the `energies` of each picture, of which two or more must have a gradient to compare.
+
+    Returns:
+        for each offset the "ratio" and its 95% bootstrap "interval" over both sets of pictures.
+    """
+    borders = [offset // patch for offset in offsets]
+    others = [phase for phase in range(period // patch) if phase not in borders]
+    found = []
+    for border in borders:
+        ratios, resampled = [], []
+        for seed, energy in enumerate((generated, real)):
+            kinds, _ = comparable_kinds(np.stack(energy).sum(axis=1), border, others)
+            pooled = kinds.sum(axis=0)
+            ratios.append(pooled[0, 0] / pooled[0, 1] / (pooled[1, 0] / pooled[1, 1]))
+            resampled.append(resampled_ratios(kinds, seed))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            over = resampled[0] / resampled[1]
+        over[np.isnan(over)] = np.inf
+        found.append({"ratio": float(ratios[0] / ratios[1]), "interval": _interval(over)})
+    return found
+
+
+def score_seams(
+    folder: str | Path, period: int, patch: int, offsets: Sequence[int] = (0,), real: str | Path | None = None
+) -> list[dict[str, Any]]:
+    """Records of the seams of a folder's pictures; several processes of accelerate each read a part.
+
+    Args:
+        real: a folder of pictures without seams, for "seams_to_real" as well.
+
+    Returns:
+        for each offset a record of "seams" (what `seam_ratio` calls "together", with all that it returns under
+        "detail"), and with `real` one of "seams_to_real". An interval without an upper bound is None in the record.
+
+    Raises:
+        ValueError: as `seam_ratio`, and where a picture cannot be read.
+    """
+    check_grid(period, patch, offsets)
+    energy, pictures = energies_of_folder(folder, period, patch)
+    generation = read_generation(folder)
+    measured = compare_offsets(energy, period, patch, offsets)["offsets"]
+    records = []
+    for each in measured:
+        common = {"settings": {"period": period, "patch": patch, "offset": each["offset"]}, "generation": generation}
+        records.append(seam_record("seams", each["together"], generated=pictures, detail=each, **common))
+    if real is None:
+        return records
+    real_energy, real_pictures = energies_of_folder(real, period, patch)
+    compare_offsets(real_energy, period, patch, offsets)  # which says what is wrong with them
+    for each, one in zip(records[:], against_real(energy, real_energy, period, patch, offsets), strict=True):
+        common = {"settings": each["settings"], "generation": generation}
+        records.append(seam_record("seams_to_real", one, generated=pictures, real=real_pictures, **common))
+    return records
+
+
+def seam_record(metric: str, measured: dict, **more: Any) -> dict[str, Any]:
+    interval = measured["interval"]
+    return make_record(metric, measured["ratio"], None if interval is None or None in interval else interval, **more)
+
+
+def energies_of_folder(folder: str | Path, period: int, patch: int) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """The `energies` of each picture of a folder, and what a record tells of them."""
+    paths = list_images(folder)
+    own = own_pictures(paths, f"seams of {folder}")
+    found = gathered([(energies(picture, period, patch), picture.size) for picture in own])
+    return [energy for energy, _ in found], about_pictures(folder, paths, [size for _, size in found])
+
+
 def main(arguments: list[str]) -> None:
-    """Run the command line, which prints the ratios as JSON."""
     parser = Parser(prog="python -m localdit.evaluation seams", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with pictures")
     parser.add_argument("--period", type=counting_to(LARGEST), required=True, help="pixels along one side of a window")
@@ -152,6 +244,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--offset", type=int, action="append", help="where windows start, in pixels; once for each shift; by default 0"
     )
+    parser.add_argument("--real", type=Path, help="folder of real pictures, whose own ratio is divided by")
+    parser.add_argument("--output", help=f"by default {FILE} beside the folder; lines are added")
     options = parser.parse_args(arguments)
-    images = (read_rgb(path) for path in list_images(options.folder))
-    print(json.dumps(seam_ratio(images, options.period, options.patch, options.offset or (0,)), indent=2))
+    start_process("cpu")
+    output = scores_file(options.folder, options.output)
+    keep(score_seams(options.folder, options.period, options.patch, options.offset or (0,), options.real), output)
