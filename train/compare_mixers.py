@@ -17,6 +17,8 @@ from config import Count, ModelConfig, Positive, TrainConfig
 from localdit.data.digit_scenes import load_digits
 from localdit.data.labelled_images import SETS, load_labelled_images
 from localdit.evaluation.digit_scenes import load_reader, score_real_scenes
+from localdit.evaluation.intervals import rate_interval
+from localdit.evaluation.records import versions
 from train.command_line import parse, run
 from train.datasets import resized
 from train.score_classes import draw_classes, judge_of
@@ -24,6 +26,7 @@ from train.score_digit_scenes import score_text_to_image
 from train.settings import check_ranges
 from train.trainer import Trainer
 
+PAIRS = ("two_digits", "two_digits_held_out")
 WARM_UP, ROUNDS, TIMED = 5, 7, 4  # steps, to learn how many fit into the budget
 
 
@@ -115,20 +118,26 @@ def score(config: ComparisonConfig, pipeline: DiffusionPipeline, seed: int) -> d
     start = time.process_time()
     if data.name not in SETS:
         scores = score_text_to_image(pipeline, load_reader(checked_reader(config)), config.samples, seed)
-        return {"sampling_seconds": time.process_time() - start, **scene_rates(scores)}
+        return {"sampling_seconds": time.process_time() - start, **scene_rates(scores), "versions": versions()}
     pictures, labels = draw_classes(pipeline, config.samples, seed)
     seconds = time.process_time() - start
-    return {"sampling_seconds": seconds, **judge_of(data.name, data.path, data.resolution).score(pictures, labels)}
+    scores = judge_of(data.name, data.path, data.resolution).score(pictures, labels)
+    return {"sampling_seconds": seconds, **scores, "versions": versions()}
 
 
-def scene_rates(scores: dict) -> dict[str, float]:
-    """The rates that tell mixers apart: everything right by kind of scene, and the relation over all of two digits."""
-    pairs = [scores["two_digits"]["rates"], scores["two_digits_held_out"]["rates"]]
+def scene_rates(scores: dict) -> dict[str, Any]:
+    """The rates that tell mixers apart: everything right by kind of scene, and the relation over all of two digits.
+
+    Beside them the 95% bootstrap interval of the relation.
+    """
+    pairs = [scores[kind]["rates"] for kind in PAIRS]
+    relation = float(np.mean([rates["relation"] for rates in pairs]))
     return {
         "one_digit": scores["one_digit"]["rates"]["all"],
         "two_digits": pairs[0]["all"],
         "held_out": pairs[1]["all"],
-        "relation": float(np.mean([rates["relation"] for rates in pairs])),
+        "relation": relation,
+        "interval": rate_interval(relation, sum(scores[kind]["prompts"] for kind in PAIRS)),
         "digits": float(np.mean([rates["digits"] for rates in pairs])),
     }
 

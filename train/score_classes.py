@@ -10,6 +10,9 @@ from localdit import LocalDiTClassPipeline
 from localdit.command_line import Parser, best_device, counting_number, load_pipeline, run, seed_number
 from localdit.data.labelled_images import SETS, load_labelled_images
 from localdit.evaluation.class_judge import ClassJudge
+from localdit.evaluation.files import check_target
+from localdit.evaluation.generation import call_settings
+from localdit.evaluation.records import append_scores, in_memory
 from train.datasets import resized
 
 BATCH = 250
@@ -41,7 +44,10 @@ def main() -> None:
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--num_inference_steps", type=int, help="by default the model's")
     parser.add_argument("--guidance_scale", type=float, help="1 turns guidance off; by default the model's")
+    parser.add_argument("--output", help="file of scores for python -m localdit.evaluation report; lines are added")
     arguments = parser.parse_args()
+    if arguments.output:
+        check_target("--output", arguments.output)
     if arguments.per_class < 2:
         raise ValueError(f"--per_class {arguments.per_class} is too few for a diversity; give at least 2.")
 
@@ -52,7 +58,8 @@ def main() -> None:
             f"--model {arguments.model!r} has {pipeline.transformer.config.num_classes} classes, but {arguments.data} "
             f"has {len(classes)}; name the set that it was trained on."
         )
-    sampling = {name: getattr(arguments, name) for name in ("num_inference_steps", "guidance_scale")}
+    names = ("num_inference_steps", "guidance_scale")
+    sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     pictures, labels = draw_classes(pipeline, arguments.per_class, arguments.seed, **sampling)
     resolution = pictures.shape[1]
     judge = judge_of(arguments.data, arguments.path, resolution)
@@ -62,6 +69,18 @@ def main() -> None:
         "training pictures": judge.score(resized(train[real], resolution), train_labels[real]),
     }
     print(json.dumps(scores, indent=2))
+    if arguments.output:
+        size = (resolution, resolution)
+        generation = {"pipeline": arguments.model, "per_class": arguments.per_class, "seed": arguments.seed}
+        records = judge.records(
+            pictures,
+            labels,
+            name=f"judge of {arguments.data}",
+            real=in_memory(len(judge.labels), size, f"{arguments.data}, test", "PIL bilinear"),
+            generated=in_memory(len(labels), size),
+            generation={**generation, "dtype": "float32", **call_settings(pipeline, sampling)},
+        )
+        append_scores(arguments.output, records)
 
 
 if __name__ == "__main__":

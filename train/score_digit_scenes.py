@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +11,13 @@ from diffusers import DiffusionPipeline
 
 from localdit import LocalDiTImg2ImgPipeline, LocalDiTPipeline
 from localdit.command_line import PRETRAINED, Parser, best_device, counting_number, load_pipeline, run, seed_number
-from localdit.data.digit_scenes import COLOURS, Scene, render, sample_scene
+from localdit.data.digit_scenes import CANVAS, COLOURS, Scene, render, sample_scene
 from localdit.evaluation.digit_reader import DigitSceneReader
-from localdit.evaluation.digit_scenes import load_reader, score
+from localdit.evaluation.digit_scenes import load_reader, scene_records, score
+from localdit.evaluation.files import check_target
+from localdit.evaluation.generation import call_settings
+from localdit.evaluation.intervals import rate_interval
+from localdit.evaluation.records import append_scores, in_memory, make_record
 
 BATCH = 50
 MAX_SHIFT = 8  # pixels that a digit may move when only its colour is to change
@@ -71,6 +76,34 @@ def score_image_to_image(
     return {"prompts": prompts, "strength": strength, **{name: count / prompts for name, count in counts.items()}}
 
 
+def records_of(
+    scores: dict[str, dict],
+    reader: DigitSceneReader,
+    pipeline: DiffusionPipeline,
+    img2img: DiffusionPipeline,
+    sampling: dict,
+    arguments: Namespace,
+) -> list[dict]:
+    """The scores as lines of a scores file."""
+    told = {"pipeline": arguments.pipeline, "seed": arguments.seed, "dtype": "float32"}
+    pictures = in_memory(arguments.prompts, (CANVAS, CANVAS))
+    generation = {**told, **call_settings(pipeline, sampling)}
+    records = scene_records(scores["text to image"], reader, arguments.reader, pictures, generation)
+    edits = scores["image to image"]
+    both = edits["colour and place"]
+    recoloured = make_record(
+        "recoloured_in_place",
+        both,
+        rate_interval(both, arguments.prompts),
+        extractor=records[0]["extractor"],
+        generated=pictures,
+        generation={**told, **call_settings(img2img, sampling), "strength": arguments.strength},
+        settings={"strength": arguments.strength},
+        detail=edits,
+    )
+    return [*records, recoloured]
+
+
 def main() -> None:
     parser = Parser(prog="python -m train.score_digit_scenes", description=__doc__)
     parser.add_argument("--pipeline", default=str(PRETRAINED), help="folder; by default the shipped one")
@@ -80,7 +113,10 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=int, help="by default the pipeline's")
     parser.add_argument("--guidance_scale", type=float, help="by default the pipeline's")
     parser.add_argument("--strength", type=float, default=0.6)
+    parser.add_argument("--output", help="file of scores for python -m localdit.evaluation report; lines are added")
     arguments = parser.parse_args()
+    if arguments.output:
+        check_target("--output", arguments.output)
 
     reader = load_reader(arguments.reader)
     pipeline = load_pipeline(LocalDiTPipeline, arguments.pipeline, best_device(), "float32", option="--pipeline")
@@ -98,6 +134,8 @@ def main() -> None:
         "image to image": score_image_to_image(img2img, *common, arguments.strength, **sampling),
     }
     print(json.dumps(scores, indent=2))
+    if arguments.output:
+        append_scores(arguments.output, records_of(scores, reader, pipeline, img2img, sampling, arguments))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,22 @@
 """Scores of pictures of classes: accuracy by an independent classifier, distance, precision, recall, diversity."""
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import cdist, pdist
+from scipy.spatial.distance import pdist
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
 
-from localdit.evaluation.distances import frechet_distance
+from localdit.evaluation.distances import frechet_distance, neighbourhoods
 from localdit.evaluation.intervals import rate_interval
+from localdit.evaluation.records import make_record
+from localdit.evaluation.scores import interval, resampled_frechet, resampled_neighbourhoods
 
 NEIGHBOURS = 3  # of the manifold estimate, as in arXiv 1904.06991
+NEIGHBOURLY = ("precision", "recall", "density", "coverage")
+RESAMPLES = 50
 
 
 class ClassJudge:
@@ -47,26 +53,64 @@ class ClassJudge:
         """
         right = self.classifier.predict(_flat(images)) == np.asarray(labels)
         features = self.features(images)
-        precision, recall = precision_recall(self.reference, features)
+        near = neighbourhoods(self.reference, features, NEIGHBOURS)
         return {
             "accuracy": float(right.mean()),
             "interval": rate_interval(float(right.mean()), len(right)),
             "distance": frechet_distance(self.reference, features),
-            "precision": precision,
-            "recall": recall,
+            "precision": float(near["precision"].mean()),
+            "recall": float(near["recall"].mean()),
             "diversity": spread(features, np.asarray(labels)) / spread(self.reference, self.labels),
         }
 
+    def records(self, images: np.ndarray, labels: Sequence[int] | np.ndarray, **told: Any) -> list[dict[str, Any]]:
+        """What `score` finds, as records with an interval each, and density and coverage besides.
 
-def precision_recall(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
-    """The share of each set [N, D] that lies within a neighbour's distance of the other (arXiv 1904.06991)."""
+        The distance is called "fid", and accuracy and diversity "class_accuracy" and "class_diversity".
 
-    def covered(points: np.ndarray, manifold: np.ndarray) -> float:
-        # the nearest is the point itself, at 0
-        radii = np.partition(cdist(manifold, manifold), NEIGHBOURS, axis=1)[:, NEIGHBOURS]
-        return float((cdist(points, manifold) <= radii).any(1).mean())
+        Args:
+            told: for the record, "generated", "real", "generation" and the "name" of the judge's part.
+        """
+        scores, features, labels = self.score(images, labels), self.features(images), np.asarray(labels)
+        extractor = {
+            "name": told.pop("name"),
+            "family": "class judge",
+            "sha256": self.sha256,
+            "dimension": features.shape[1],
+            "preprocessing": "grey, [-1, 1], as it is",
+        }
+        found = {
+            "class_accuracy": (scores["accuracy"], scores["interval"]),
+            "fid": (scores["distance"], resampled_frechet(self.reference, features, RESAMPLES)),
+            **resampled_neighbourhoods(self.reference, features, RESAMPLES, NEIGHBOURS),
+            "class_diversity": (scores["diversity"], self._resampled_diversity(features, labels)),
+        }
+        return [
+            make_record(
+                metric,
+                value,
+                within if isinstance(within, list) else interval(value, within),
+                extractor=extractor,
+                **({"settings": {"neighbours": NEIGHBOURS}} if metric in NEIGHBOURLY else {}),
+                **told,
+            )
+            for metric, (value, within) in found.items()
+        ]
 
-    return covered(generated, real), covered(real, generated)
+    def _resampled_diversity(self, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The diversity of pictures drawn anew with replacement from each class, [RESAMPLES]."""
+        classes, rng = [np.flatnonzero(labels == label) for label in np.unique(labels)], np.random.default_rng(0)
+        drawn = [np.concatenate([rng.choice(rows, len(rows)) for rows in classes]) for _ in range(RESAMPLES)]
+        return np.array([spread(features[rows], labels[rows]) for rows in drawn]) / spread(self.reference, self.labels)
+
+    @property
+    def sha256(self) -> str:
+        """Of what was learned."""
+        whole = hashlib.sha256()
+        learned = [*self.perceptron.coefs_, *self.perceptron.intercepts_, self.classifier.dual_coef_]
+        for array in (*learned, self.classifier.support_vectors_):
+            whole.update(np.ascontiguousarray(array).tobytes())
+        return whole.hexdigest()
 
 
 def spread(features: np.ndarray, labels: np.ndarray) -> float:
