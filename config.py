@@ -559,6 +559,23 @@ class PrecomputeConfig:
 
 
 @dataclass(frozen=True)
+class RealPicturesConfig:
+    """Pictures of a recipe's data in a folder, to score drawn ones against.
+
+    Args:
+        run: the recipe, of which the data, the seed and whether the model reads captions count.
+        output: folder of the pictures, which must be empty or not there.
+        count: how many; None for all, of data that have an end.
+        split: "test" for those that training does not see, "train" for the others.
+    """
+
+    run: TrainConfig
+    output: str
+    count: Count | None = None
+    split: Literal["train", "test"] = "test"
+
+
+@dataclass(frozen=True)
 class TrainBenchmarkConfig:
     """How the cost of the trainer is measured.
 

@@ -149,6 +149,28 @@ def test_damaged_settings_are_told_by_name(prompts, tmp_path):
             main([*QUICK, "--prompts", prompts, "--output", str(tmp_path)])
 
 
+def test_a_model_without_conditions_draws_so_many_pictures(tiny_transformer, tmp_path):
+    pipeline = LocalDiTClassPipeline(
+        vae=None,
+        transformer=tiny_transformer(caption_channels=None, num_classes=None),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="sample", use_flow_sigmas=True),
+        call_defaults={"num_inference_steps": 2},
+    )
+    pipeline.save_pretrained(tmp_path / "model")
+    model, folder = ["--model", str(tmp_path / "model"), "--device", "cpu"], tmp_path / "images"
+    main([*model, "--pictures", "5", "--output", str(folder), "--batch_size", "2", "--seed", "3"])
+    assert sorted(path.name for path in folder.glob("*.png")) == [f"{number:05}.png" for number in range(5)]
+    drawn = pipeline(batch_size=1, generator=[torch.Generator().manual_seed(3 + 4)]).images[0]
+    assert np.abs(np.asarray(Image.open(folder / "00004.png")).astype(int) - np.asarray(drawn)).max() <= 2
+    told = read_generation(folder)
+    assert told is not None and told["pictures"] == 5 and told["seed"] == 3
+    for given in (["--per_class", "2"], ["--prompts", "none.txt"]):
+        with pytest.raises(ValueError, match="knows no classes; give --pictures|cannot be read|takes no prompts"):
+            main([*model, *given, "--output", str(tmp_path / "other")])
+    with pytest.raises(ValueError, match="wants to be told what to draw; give --prompts"):
+        main([*QUICK, "--pictures", "2", "--output", str(tmp_path / "other")])
+
+
 def test_every_class_gets_its_pictures(tiny_transformer, tmp_path):
     pipeline = LocalDiTClassPipeline(
         vae=None,

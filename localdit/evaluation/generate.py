@@ -1,4 +1,4 @@
-"""Pictures of prompts or classes by a pipeline, for scores: each from a seed of its own, with how they came about."""
+"""Pictures of prompts, of classes or of neither by a pipeline, for scores: seeded one by one, with how they came about."""
 
 import hashlib
 import inspect
@@ -30,6 +30,7 @@ from localdit.evaluation.files import check_writable, write_whole
 from localdit.evaluation.generation import CALL, FILE, call_settings, load_settings
 from localdit.evaluation.images import SUFFIXES
 from localdit.evaluation.limits import counting_to
+from localdit.evaluation.processes import in_batches
 from localdit.evaluation.prompt_sets import LAYOUTS, Entry, export, missing, read_prompts
 from localdit.evaluation.records import versions
 
@@ -46,8 +47,8 @@ class Drawer:
         self.chosen = {name: getattr(options, name) for name in CALL if getattr(options, name) is not None}
         self.seconds, self.pictures = 0.0, 0
 
-    def __call__(self, places: list[int], **what: list) -> list[Image.Image]:
-        """Pictures of the prompts or class labels that `what` gives; their seeds are their places after the first."""
+    def __call__(self, places: list[int], **what: Any) -> list[Image.Image]:
+        """Pictures of what the pipeline's arguments say; their seeds are their places after the first."""
         generators = [torch.Generator().manual_seed(self.seed + place) for place in places]
         start = time.perf_counter()
         images = self.pipeline(**what, generator=generators, **self.chosen).images
@@ -88,11 +89,18 @@ def draw_classes(draw: Drawer, options: Any, state: PartialState) -> None:
     whole = [(label, number) for label in range(classes) for number in range(options.per_class)]
     names = [f"{label:04}-{number:05}.png" for label, number in whole]
     absent = [place for place, name in enumerate(names) if not (Path(options.output) / name).is_file()]
-    own = absent[state.process_index :: state.num_processes]
-    for start in range(0, len(own), options.batch_size):
-        places = own[start : start + options.batch_size]
+    for places in in_batches(absent[state.process_index :: state.num_processes], options.batch_size):
         images = draw(places, class_labels=[whole[place][0] for place in places])
         for place, image in zip(places, images, strict=True):
+            write_whole(Path(options.output), names[place], lambda draft, image=image: image.save(draft, format="PNG"))
+
+
+def draw_any(draw: Drawer, options: Any, state: PartialState) -> None:
+    """Draw what is missing of `pictures` pictures of nothing in particular, named NUMBER.png."""
+    names = [f"{number:05}.png" for number in range(options.pictures)]
+    absent = [place for place, name in enumerate(names) if not (Path(options.output) / name).is_file()]
+    for places in in_batches(absent[state.process_index :: state.num_processes], options.batch_size):
+        for place, image in zip(places, draw(places, batch_size=len(places)), strict=True):
             write_whole(Path(options.output), names[place], lambda draft, image=image: image.save(draft, format="PNG"))
 
 
@@ -102,16 +110,25 @@ def number_of_classes(pipeline: DiffusionPipeline) -> int:
 
 
 def check_kind(pipeline: DiffusionPipeline, options: Any) -> None:
-    """Raise a ValueError where a model of classes is to draw prompts, or the other way round."""
-    if options.prompts and "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise ValueError(f"--model {options.model!r} takes no prompts; give --per_class.")
-    if not options.prompts and not number_of_classes(pipeline):
-        raise ValueError(f"--model {options.model!r} knows no classes; give --prompts.")
+    """Raise a ValueError where a model is to draw what it does not know, such as prompts by one of classes."""
+    parameters = inspect.signature(pipeline.__call__).parameters
+    knows = {
+        "prompts": "prompt" in parameters,
+        "per_class": number_of_classes(pipeline) > 0,
+        "pictures": "batch_size" in parameters and not number_of_classes(pipeline),
+    }
+    fitting = " or ".join(f"--{name}" for name, known in knows.items() if known) or "another model"
+    if options.prompts and not knows["prompts"]:
+        raise ValueError(f"--model {options.model!r} takes no prompts; give {fitting}.")
+    if options.per_class and not knows["per_class"]:
+        raise ValueError(f"--model {options.model!r} knows no classes; give {fitting}.")
+    if options.pictures and not knows["pictures"]:
+        raise ValueError(f"--model {options.model!r} wants to be told what to draw; give {fitting}.")
 
 
 def what_to_draw(options: Any, entries: list[Entry]) -> dict[str, Any]:
     if not options.prompts:
-        return {"per_class": options.per_class}
+        return {"per_class": options.per_class} if options.per_class else {"pictures": options.pictures}
     digest = hashlib.sha256("\n".join(entry.prompt for entry in entries).encode()).hexdigest()
     told = {"prompts": options.prompts, "prompts_sha256": digest}
     return {**told, "layout": options.layout, "per_prompt": options.per_prompt}
@@ -161,6 +178,7 @@ def parser() -> Parser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompts", help="file, or folder, of prompts")
     what.add_argument("--per_class", type=counting_to(MOST_PICTURES), help="pictures of each class")
+    what.add_argument("--pictures", type=counting_to(MOST_PICTURES), help="of a model without prompts and classes")
     parser.add_argument("--layout", choices=list(LAYOUTS), default="lines", help="of the prompts and of the pictures")
     parser.add_argument("--per_prompt", type=counting_to(MOST_PICTURES), help="by default the benchmark's number, or 1")
     parser.add_argument("--output", required=True, help="folder of the pictures; those that are there stay")
@@ -192,8 +210,10 @@ def main(arguments: list[str]) -> None:
     state.wait_for_everyone()
     if options.prompts:
         draw_prompts(draw, entries, options, state)
-    else:
+    elif options.per_class:
         draw_classes(draw, options, state)
+    else:
+        draw_any(draw, options, state)
     spent = [(draw.seconds, draw.pictures, draw.peak_bytes())]
     spent = gather_object(spent) if state.num_processes > 1 else spent
     if not state.is_main_process:
