@@ -241,7 +241,8 @@ def test_the_command_line_keeps_all_that_it_takes_to_repeat_the_score(weights, t
     told = json.loads((tmp_path / "scores.jsonl").read_text())
     expected = score_pairs(*folders, load_network(weights))
     assert told["generated"]["count"] == 2
-    assert told == {**expected, "extractor": told["extractor"]}
+    command = f"python -m localdit.evaluation lpips {' '.join(folders)} --weights {weights} --device cpu"
+    assert told == {**expected, "extractor": told["extractor"], "command": command}
     low, high = told["interval"]
     line = f"lpips {told['value']:.4g} ({low:.4g} to {high:.4g})"
     assert capsys.readouterr().out == f"{line}\n{tmp_path / 'scores.jsonl'}\n"

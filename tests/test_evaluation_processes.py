@@ -108,6 +108,7 @@ def test_one_process_and_two_find_the_same_scores(tmp_path):
     for mine, theirs in zip(one, two, strict=True):
         for name in ("value", "interval"):
             assert theirs.pop(name) == pytest.approx(mine.pop(name), rel=1e-4, abs=1e-4), mine["metric"]
+        assert theirs.pop("command") == mine.pop("command").replace("one.jsonl", "two.jsonl")
         assert theirs == mine
 
 

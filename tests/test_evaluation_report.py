@@ -233,6 +233,17 @@ def test_names_are_shown_and_not_obeyed(make_run, make_page, tmp_path):
     assert {path.parent for path in tmp_path.glob("**/*.png")} == {tmp_path / "out", tmp_path / "<b>&amp;" / "images"}
 
 
+def test_the_commands_that_repeat_a_run_stand_at_the_end_each_once(make_run, make_page):
+    drawn = GENERATION | {"command": "generate --model m"}
+    page = make_page(
+        make_run(
+            "a", score(command="score <x>", generation=drawn), score("kid", command="score <x>", generation=drawn)
+        ),
+        make_run("b", score()),
+    )
+    assert page.text.split("To repeat it")[1].strip() == "agenerate --model m\nscore <x>"
+
+
 def test_runs_of_one_name_are_told_apart_by_their_parents(make_run, make_page, tmp_path):
     page = make_page(
         make_run("one/eval", score(), pictures=1), make_run("two/eval", score(), pictures=1), make_run("c", score())

@@ -16,7 +16,7 @@ from localdit.evaluation.digit_extractor import DigitNetwork, save_digit_network
 from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_folder, features_of_images, load_features
 from localdit.evaluation.images import list_images, read_rgb
-from localdit.evaluation.records import append_scores
+from localdit.evaluation.records import append_scores, card_scores
 from localdit.evaluation.score_folders import main
 from localdit.evaluation.scores import METRICS, score_features
 
@@ -270,6 +270,30 @@ def test_a_line_without_an_end_does_not_swallow_the_next(tmp_path):
     append_scores(path, [{"metric": "fid"}])
     append_scores(path, [{"metric": "cmmd"}])
     assert [json.loads(line)["metric"] for line in path.read_text().splitlines()] == ["kid", "fid", "cmmd"]
+
+
+def test_scores_for_a_card_come_with_interval_and_command(folders, extractor_folder, tmp_path):
+    path = tmp_path / "scores.jsonl"
+    given = [
+        "--generated",
+        str(folders["train"]),
+        "--real",
+        str(folders["test"]),
+        "--metrics",
+        "kid",
+        "--device",
+        "cpu",
+    ]
+    for resamples in ("0", "4"):
+        main([*given, "--extractor", str(extractor_folder), "--resamples", resamples, "--output", str(path)])
+    record = json.loads(path.read_text().splitlines()[-1])
+    low, high = record["interval"]
+    shown = f"{record['value']:.4g} ({low:.4g} to {high:.4g}), by `{record['command']}`"
+    assert card_scores(path) == {f"kid ({extractor_folder.name})": shown}
+    assert record["command"].startswith("python -m localdit.evaluation score --generated ")
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="Line 1 of .*scores.jsonl is no score"):
+        card_scores(path)
 
 
 def test_sizes_that_differ_are_told_of(folders, extractor, caplog):

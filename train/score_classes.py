@@ -12,7 +12,7 @@ from localdit.data.labelled_images import SETS, load_labelled_images
 from localdit.evaluation.class_judge import ClassJudge
 from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import call_settings
-from localdit.evaluation.records import append_scores, in_memory
+from localdit.evaluation.records import append_scores, command_of, in_memory
 from train.datasets import resized
 
 BATCH = 250
@@ -79,6 +79,7 @@ def main() -> None:
             real=in_memory(len(judge.labels), size, f"{arguments.data}, test", "PIL bilinear"),
             generated=in_memory(len(labels), size),
             generation={**generation, "dtype": "float32", **call_settings(pipeline, sampling)},
+            command=command_of(parser),
         )
         append_scores(arguments.output, records)
 

@@ -17,7 +17,7 @@ from localdit.evaluation.digit_scenes import load_reader, scene_records, score
 from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import call_settings
 from localdit.evaluation.intervals import rate_interval
-from localdit.evaluation.records import append_scores, in_memory, make_record
+from localdit.evaluation.records import append_scores, command_of, in_memory, make_record
 
 BATCH = 50
 MAX_SHIFT = 8  # pixels that a digit may move when only its colour is to change
@@ -135,7 +135,8 @@ def main() -> None:
     }
     print(json.dumps(scores, indent=2))
     if arguments.output:
-        append_scores(arguments.output, records_of(scores, reader, pipeline, img2img, sampling, arguments))
+        records = records_of(scores, reader, pipeline, img2img, sampling, arguments)
+        append_scores(arguments.output, [{**record, "command": command_of(parser)} for record in records])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
 from localdit.evaluation.processes import gathered, own_part, shown
-from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
+from localdit.evaluation.records import FILE, about_pictures, command_of, keep, make_record, scores_file
 
 PROMPTS = "prompts.jsonl"  # in a folder of pictures: {"file": ..., "prompt": ...} a line
 
@@ -134,4 +134,8 @@ def main(arguments: list[str]) -> None:
     check_device(device, "float32")
     output = scores_file(options.folder, options.output)
     read_pairs(options.folder)  # before the model is loaded
-    keep([score_alignment(options.folder, AlignmentModel(options.model, device), options.batch_size)], output)
+    keep(
+        [score_alignment(options.folder, AlignmentModel(options.model, device), options.batch_size)],
+        output,
+        command_of(parser, arguments),
+    )

@@ -28,7 +28,7 @@ from localdit.evaluation.extractors import weights_hash
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.intervals import rate_interval
 from localdit.evaluation.processes import gathered, in_batches, own_pictures
-from localdit.evaluation.records import FILE, about_pictures, append_scores, make_record, scores_file
+from localdit.evaluation.records import FILE, about_pictures, append_scores, command_of, make_record, scores_file
 
 __all__ = [
     "DigitSceneReader",
@@ -236,7 +236,7 @@ def _train(arguments: argparse.Namespace) -> dict:
     return scores
 
 
-def _score_and_keep(images: Path, path: Path, output: str | None) -> dict:
+def _score_and_keep(images: Path, path: Path, output: str | None, command: str) -> dict:
     """The scores of a folder, which go to a scores file as well."""
     start_process("cpu")
     reader, file = load_reader(path), scores_file(images, output)
@@ -244,14 +244,15 @@ def _score_and_keep(images: Path, path: Path, output: str | None) -> dict:
     if PartialState().is_main_process:
         files = [file for file, _ in read_captions(images)]
         pictures = about_pictures(images, files, [(CANVAS, CANVAS)])
-        append_scores(file, scene_records(scores, reader, str(path), pictures, read_generation(images)))
+        records = scene_records(scores, reader, str(path), pictures, read_generation(images))
+        append_scores(file, [{**record, "command": command} for record in records])
         print(file, file=sys.stderr)  # the scores themselves go to stdout, as JSON
     return scores
 
 
 def main(argv: list[str] | None = None):
     """Run the command line, which prints the rates as JSON."""
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m localdit.evaluation.digit_scenes", description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     train = commands.add_parser("train", help="train a reader on the test split of the handwritten digits")
     train.add_argument("--output", type=Path, required=True, help="where to save the reader, a .safetensors file")
@@ -274,7 +275,8 @@ def main(argv: list[str] | None = None):
         reader = load_reader(arguments.reader)
         result = score_real_scenes(reader, *load_digits("train"), arguments.scenes, arguments.seed)
     else:
-        result = _score_and_keep(arguments.images, arguments.reader, arguments.output)
+        command = command_of(parser, argv)
+        result = _score_and_keep(arguments.images, arguments.reader, arguments.output, command)
     if PartialState().is_main_process:
         print(json.dumps(result, indent=2))
 

@@ -1,4 +1,4 @@
-"""Pictures of prompts, of classes or of neither by a pipeline, for scores: seeded one by one, with how they came about."""
+"""Pictures of prompts, classes or neither by a pipeline, for scores: each of its own seed, with how they came about."""
 
 import hashlib
 import inspect
@@ -32,7 +32,7 @@ from localdit.evaluation.images import SUFFIXES
 from localdit.evaluation.limits import counting_to
 from localdit.evaluation.processes import in_batches
 from localdit.evaluation.prompt_sets import LAYOUTS, Entry, export, missing, read_prompts
-from localdit.evaluation.records import versions
+from localdit.evaluation.records import command_of, versions
 
 USUAL = {"geneval": 4, "dpg-bench": 4, "t2i-compbench": 10}  # pictures of a prompt
 MOST_PICTURES, MOST_STEPS = 100_000, 10_000
@@ -194,7 +194,7 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str]) -> None:
-    options = parser().parse_args(arguments)
+    options = (command_line := parser()).parse_args(arguments)
     state, options.device = start_process(options.device)
     check_device(options.device, options.dtype)
     check_writable("--output", options.output)
@@ -204,7 +204,7 @@ def main(arguments: list[str]) -> None:
     draw.pipeline.set_progress_bar_config(disable=True)
     check_kind(draw.pipeline, options)
     path, settings = Path(options.output) / FILE, settings_of(draw, options, entries)
-    before = left_before(path, settings)
+    before = {"command": command_of(command_line, arguments)} | left_before(path, settings)
     if state.is_main_process:
         tell(path, {**before, **settings})
     state.wait_for_everyone()

@@ -23,7 +23,7 @@ from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, to_images
 from localdit.evaluation.intervals import rate_interval
 from localdit.evaluation.processes import gathered, own_pictures
-from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
+from localdit.evaluation.records import FILE, about_pictures, command_of, keep, make_record, scores_file
 
 # Each digit fills a square on the falling diagonal: the upper left and the lower right one, `distance` pixels apart.
 SQUARE = 16  # pixels along one side
@@ -234,4 +234,4 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     start_process("cpu")
     output = scores_file(options.folder, options.output)
-    keep(score_folder(options.folder, options.distance), output)
+    keep(score_folder(options.folder, options.distance), output, command_of(parser, arguments))

@@ -17,7 +17,7 @@ from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
 from localdit.evaluation.processes import gathered, own_part, shown
-from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
+from localdit.evaluation.records import FILE, about_pictures, command_of, keep, make_record, scores_file
 
 VGG = "timm/vgg16.tv_in1k"  # torchvision's weights, for which LPIPS' heads were fitted
 WEIGHTS_FILE = "model.safetensors"
@@ -258,4 +258,8 @@ def main(arguments: list[str]) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     preprocessing = "as it is, normalised as LPIPS does"
     seen_by = {"name": options.weights, "family": network.backbone, "sha256": digest, "preprocessing": preprocessing}
-    keep([{**score_pairs(options.first, options.second, network, options.batch_size), "extractor": seen_by}], output)
+    keep(
+        [{**score_pairs(options.first, options.second, network, options.batch_size), "extractor": seen_by}],
+        output,
+        command_of(parser, arguments),
+    )

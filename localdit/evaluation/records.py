@@ -2,6 +2,9 @@
 
 import json
 import logging
+import shlex
+import sys
+from argparse import ArgumentParser
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -116,11 +119,16 @@ def scores_file(folder: str | Path, given: str | Path | None) -> Path:
     return path
 
 
-def keep(records: list[dict[str, Any]], path: Path) -> None:
-    """Add records to a scores file and print them; of several processes the main one does."""
+def command_of(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> str:
+    """The command line that was given, by default to this program, as a shell takes it."""
+    return f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}"
+
+
+def keep(records: list[dict[str, Any]], path: Path, command: str) -> None:
+    """Add records to a scores file, with the command that repeats them, and print them; the main process alone does."""
     if not PartialState().is_main_process:
         return
-    append_scores(path, records)
+    append_scores(path, [{**record, "command": command} for record in records])
     if records and records[0]["generation"] is None:
         source = records[0]["generated"]["source"]
         logger.warning("%s has no generation.json, so that seed, steps, guidance and sampler stay untold.", source)
@@ -136,3 +144,21 @@ def append_scores(path: str | Path, records: list[dict[str, Any]]) -> None:
     with Path(path).open("a") as file:
         file.write("\n" if cut and Path(path).stat().st_size else "")
         file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def card_scores(path: str | Path) -> dict[str, str]:
+    """Scores of a file for a model card, as `localdit.hub.export` takes them: each with its interval and command.
+
+    Of what was measured twice it is what was measured last. Raises a ValueError for a damaged line.
+    """
+    found: dict[str, str] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            by = ", ".join(filter(None, ((record.get("extractor") or {}).get("name"), settings_of(record))))
+            value = told({**record, "metric": "", "settings": None}).strip()
+            command = f", by `{record['command']}`" if record.get("command") else ""
+            found[f"{record['metric']} ({by})" if by else record["metric"]] = value + command
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Line {number} of {path} is no score ({error}); take it away.") from error
+    return found

@@ -72,6 +72,7 @@ td small { white-space: nowrap; }
 .warning { border-left: .3rem solid #c60; padding-left: .7rem; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
 .plot { background: white; border-radius: .3rem; }
 """
 LEGEND = (
@@ -167,6 +168,17 @@ def run_table(runs: list[Run]) -> str:
         cells.append(", ".join(f"{package} {version}" for package, version in versions.items()) or UNKNOWN)
         rows.append([escape(cell) for cell in (run.name, *cells)])
     return table(["run", *(SETTINGS[key] for key in keys), "measured with"], rows)
+
+
+def command_lists(runs: list[Run]) -> list[str]:
+    """What to type for the pictures and the scores of each run again, as HTML."""
+    lists = []
+    for run in runs:
+        told = (run.generation.get("command"), *(score.get("command") for score in run.scores.values()))
+        if commands := dict.fromkeys(str(command) for command in told if command):
+            lines = "\n".join(commands)
+            lists.append(f"<h3>{escape(run.name)}</h3><pre>{escape(lines)}</pre>")
+    return lists
 
 
 def png(image: Image.Image) -> bytes:
@@ -282,6 +294,8 @@ def page(runs: list[Run], plots: list[str], samples: list[str]) -> str:
     sections += [score_table(runs), f"<p>{LEGEND}</p>", "<h2>Runs</h2>", run_table(runs)]
     sections += ["<h2>Quality against cost</h2>", f"<p>{TRADE_OFF}</p>", *plots] if plots else []
     sections += ["<h2>Samples</h2>", *samples] if samples else []
+    commands = command_lists(runs)
+    sections += ["<h2>To repeat it</h2>", *commands] if commands else []
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

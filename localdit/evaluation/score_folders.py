@@ -9,7 +9,7 @@ from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import LARGEST, find_images
 from localdit.evaluation.limits import counting_to
-from localdit.evaluation.records import FILE, keep, scores_file
+from localdit.evaluation.records import FILE, command_of, keep, scores_file
 from localdit.evaluation.scores import METRICS, check_resamples, score_features
 
 
@@ -32,7 +32,7 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str]) -> None:
-    options = parser().parse_args(arguments)
+    options = (command_line := parser()).parse_args(arguments)
     if options.real and options.reference:
         raise ValueError("--real and --reference are two of one; give one of them.")
     if options.save_reference and not options.real:
@@ -63,4 +63,4 @@ def main(arguments: list[str]) -> None:
         return
     generation = read_generation(options.generated)
     records = score_features(real, generated, options.metrics, generation, options.resamples, options.force)
-    keep(records, output)
+    keep(records, output, command_of(command_line, arguments))

@@ -12,7 +12,7 @@ from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, to_images
 from localdit.evaluation.limits import counting_to
 from localdit.evaluation.processes import gathered, own_pictures
-from localdit.evaluation.records import FILE, about_pictures, keep, make_record, scores_file
+from localdit.evaluation.records import FILE, about_pictures, command_of, keep, make_record, scores_file
 
 # ITU-R BT.601 in thousandths: whole numbers, so that equal pixels stay exactly equal
 LUMINANCE = np.array([299, 587, 114])
@@ -249,4 +249,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     start_process("cpu")
     output = scores_file(options.folder, options.output)
-    keep(score_seams(options.folder, options.period, options.patch, options.offset or (0,), options.real), output)
+    keep(
+        score_seams(options.folder, options.period, options.patch, options.offset or (0,), options.real),
+        output,
+        command_of(parser, arguments),
+    )
