@@ -162,7 +162,7 @@ def scene_records(
         generation: how they came about.
     """
     extractor = {
-        "name": name,
+        "name": Path(name).name,
         "family": "digit scene reader",
         "sha256": weights_hash(reader),
         "dimension": None,

@@ -257,7 +257,8 @@ def main(arguments: list[str]) -> None:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     preprocessing = "as it is, normalised as LPIPS does"
-    seen_by = {"name": options.weights, "family": network.backbone, "sha256": digest, "preprocessing": preprocessing}
+    name = Path(options.weights).name if Path(options.weights).exists() else options.weights
+    seen_by = {"name": name, "family": network.backbone, "sha256": digest, "preprocessing": preprocessing}
     keep(
         [{**score_pairs(options.first, options.second, network, options.batch_size), "extractor": seen_by}],
         output,

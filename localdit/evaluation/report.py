@@ -72,7 +72,8 @@ td small { white-space: nowrap; }
 .warning { border-left: .3rem solid #c60; padding-left: .7rem; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .85rem; }
+pre { overflow-x: auto; font-size: .85rem; }
+.row { display: flex; flex-wrap: wrap; gap: 0 2rem; }
 .plot { background: white; border-radius: .3rem; }
 """
 LEGEND = (
@@ -154,20 +155,24 @@ def score_table(runs: list[Run]) -> str:
         cells = [score_cell(scores.get(run.name), run.name == winner) for run in runs]
         rows.append([heading, *cells, *(escape(counts) or UNKNOWN for counts in distinct[1:])])
     names = [escape(run.name) for run in runs]
-    return table(["metric<br><small>extractor</small>", *names, "real pictures", "generated pictures"], rows)
+    return table(["metric<br><small>extractor, settings</small>", *names, "real pictures", "generated pictures"], rows)
 
 
 def run_table(runs: list[Run]) -> str:
-    """A row for each run: how its pictures were made, and the versions that measured it last."""
+    """A row for each run: how its pictures were made; and below it the versions that measured them last."""
     keys = [key for key in SETTINGS if any(run.generation.get(key) is not None for run in runs)]
-    rows = []
+    rows, measured = [], {}
     for run in runs:
         settings = [run.generation.get(key) for key in keys]
-        versions = list(run.scores.values())[-1]["versions"]
         cells = [UNKNOWN if value is None else shown(value, key) for key, value in zip(keys, settings, strict=True)]
-        cells.append(", ".join(f"{package} {version}" for package, version in versions.items()) or UNKNOWN)
         rows.append([escape(cell) for cell in (run.name, *cells)])
-    return table(["run", *(SETTINGS[key] for key in keys), "measured with"], rows)
+        versions = list(run.scores.values())[-1]["versions"]
+        told = ", ".join(f"{package} {version}" for package, version in versions.items()) or "unknown versions"
+        measured.setdefault(told, []).append(run.name)
+    lines = [f"{', '.join(names)}: measured with {told}." for told, names in measured.items()]
+    if len(lines) == 1:
+        lines = [f"Measured with {next(iter(measured))}."]
+    return table(["run", *(SETTINGS[key] for key in keys)], rows) + "".join(f"<p>{escape(line)}</p>" for line in lines)
 
 
 def command_lists(runs: list[Run]) -> list[str]:
@@ -291,9 +296,10 @@ def page(runs: list[Run], plots: list[str], samples: list[str]) -> str:
     title = f"Scores of {runs[0].name if len(runs) == 1 else f'{len(runs)} runs'}"
     sections = [f"<h1>{escape(title)}</h1>"]
     sections += [f'<p class="warning">{escape(warning)}</p>' for warning in warnings(runs)]
-    sections += [score_table(runs), f"<p>{LEGEND}</p>", "<h2>Runs</h2>", run_table(runs)]
+    sections += [score_table(runs), f"<p>{LEGEND}</p>"]
+    sections += ["<h2>Samples</h2>", '<div class="row">', *samples, "</div>"] if samples else []
+    sections += ["<h2>Runs</h2>", run_table(runs)]
     sections += ["<h2>Quality against cost</h2>", f"<p>{TRADE_OFF}</p>", *plots] if plots else []
-    sections += ["<h2>Samples</h2>", *samples] if samples else []
     commands = command_lists(runs)
     sections += ["<h2>To repeat it</h2>", *commands] if commands else []
     return (
