@@ -149,7 +149,7 @@ def _cramers_v_interval(table: np.ndarray) -> list[float]:
     count = int(table.sum())
     cells = np.random.default_rng(0).multinomial(count, table.ravel() / count, size=RESAMPLES)
     values = cramers_v(cells.reshape(RESAMPLES, *table.shape), samplings=2)
-    return np.quantile(values, [0.025, 0.975]).round(4).tolist()
+    return (np.quantile(values, [0.025, 0.975]).round(4) + 0.0).tolist()  # 0 rather than -0
 
 
 def _squares(distance: int) -> list[tuple[slice, slice]]:
