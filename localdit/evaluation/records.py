@@ -159,6 +159,6 @@ def card_scores(path: str | Path) -> dict[str, str]:
             value = told({**record, "metric": "", "settings": None}).strip()
             command = f", by `{record['command']}`" if record.get("command") else ""
             found[f"{record['metric']} ({by})" if by else record["metric"]] = value + command
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Line {number} of {path} is no score ({error}); take it away.") from error
     return found
