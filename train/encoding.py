@@ -8,10 +8,13 @@ from accelerate import Accelerator
 
 from config import TrainConfig
 from train.components import Networks
+from train.devices import to_device
 from train.frozen import encode_pixels
 from train.objective import Noised, Objective, flow_sigmas
 from train.sharding import autocast
 from train.stopwatch import Stopwatch
+
+DROPOUT = 1  # keeps its seeds apart from those of pictures
 
 
 @dataclass
@@ -52,7 +55,7 @@ class BatchEncoder:
         drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         dropped = drawn < self.config.objective.condition_dropout
         ready = "latents" in batch
-        clean = batch["latents"].to(self.accelerator.device) if ready else self.latents(batch["image"])
+        clean = to_device(batch["latents"], self.accelerator.device) if ready else self.latents(batch["image"])
         noised = self.objective(clean, generators, self.source(batch, clean, dropped))
         return Example(noised, {**self.condition(batch, dropped, generators), **self.sizes(clean)})
 
@@ -67,9 +70,14 @@ class BatchEncoder:
         seeds = (np.random.SeedSequence((self.config.seed, step, first + index)) for index in range(count))
         return [torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1)) for seed in seeds]
 
+    def seed_dropout(self, micro_step: int) -> None:
+        """Let what the networks drop out, in a model or in adapters, depend on seed, step and process alone."""
+        words = (self.config.seed, micro_step, self.accelerator.process_index, DROPOUT)
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the transformer works on: the pixels [B, C, H, W], or their latents where there is an autoencoder."""
-        pixels, vae = pixels.to(self.accelerator.device), self.networks.vae
+        pixels, vae = to_device(pixels, self.accelerator.device), self.networks.vae
         if vae is None:
             return pixels
         with self.watch("vae"), autocast(self.accelerator, self.config):
@@ -82,7 +90,8 @@ class BatchEncoder:
         other = (batch["source"] != batch["image"]).flatten(1).any(dim=1) & ~dropped
         source = clean.clone()
         if other.any():
-            source[other.to(clean.device)] = self.latents(batch["source"][other])
+            rows = to_device(other.nonzero().flatten(), clean.device)  # by a mask, the GPU would tell the host how many
+            source[rows] = self.latents(batch["source"][other])
         return source
 
     def condition(
@@ -92,7 +101,7 @@ class BatchEncoder:
         device = self.accelerator.device
         null_class = self.networks.denoiser.transformer.config.num_classes
         if null_class is not None:
-            return {"class_labels": batch["label"].masked_fill(dropped, null_class).to(device)}
+            return {"class_labels": to_device(batch["label"].masked_fill(dropped, null_class), device)}
         if self.networks.tokenizer is None:
             return {}
         if self.empty_text is not None:
@@ -101,14 +110,17 @@ class BatchEncoder:
                 for name, empty in zip(("text", "mask"), self.empty_text, strict=True)
             )
             kept = self.without_dropped_tokens(mask, generators)
-            return {"encoder_hidden_states": states.to(device), "encoder_attention_mask": kept.to(device)}
+            return {
+                "encoder_hidden_states": to_device(states, device),
+                "encoder_attention_mask": to_device(kept, device),
+            }
         captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch["caption"], strict=True)]
         tokens = self.networks.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         kept = self.without_dropped_tokens(tokens.attention_mask, generators)
         return {
-            "input_ids": tokens.input_ids.to(device),
-            "attention_mask": tokens.attention_mask.to(device),
-            "encoder_attention_mask": kept.to(device),
+            "input_ids": to_device(tokens.input_ids, device),
+            "attention_mask": to_device(tokens.attention_mask, device),
+            "encoder_attention_mask": to_device(kept, device),
         }
 
     def without_dropped_tokens(self, mask: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
@@ -127,6 +139,6 @@ class BatchEncoder:
         count, (height, width) = len(clean), (side * self.networks.vae_scale_factor for side in clean.shape[-2:])
         device = self.accelerator.device
         return {
-            "resolution": torch.tensor([[float(height), float(width)]] * count, device=device),
-            "aspect_ratio": torch.tensor([[height / width]] * count, device=device),
+            "resolution": to_device(torch.tensor([[float(height), float(width)]] * count), device),
+            "aspect_ratio": torch.full((count, 1), height / width, device=device),
         }

@@ -13,6 +13,7 @@ from diffusers.training_utils import (
 from diffusers.utils.torch_utils import randn_tensor
 
 from config import ObjectiveConfig
+from train.devices import to_device
 
 TRAIN_TIMESTEPS = 1000
 FLOW_WEIGHTINGS = ("sigma_sqrt", "cosmap")
@@ -70,7 +71,7 @@ class Objective:
             source: with "flow", what is noised in the place of `clean` where the noise is strong enough
                 (`recolour_sigma`), [B, C, H, W]. The target stays the way from the input to `clean`.
         """
-        noise = randn_tensor(clean.shape, generator=generators).to(clean)
+        noise = to_device(randn_tensor(clean.shape, generator=generators), clean.device).to(clean)
         if self.config.process == "flow":
             return self._flow(clean, clean if source is None else source, noise, generators)
         return self._diffusion(clean, noise, generators)
@@ -95,7 +96,7 @@ class Objective:
         config = self.config
         if self.sigmas is not None:
             places = [torch.randint(len(self.sigmas), (1,), generator=generator) for generator in generators]
-            return self.sigmas[torch.cat(places)].to(clean)
+            return to_device(self.sigmas[torch.cat(places)], clean.device).to(clean)
         drawn = [
             compute_density_for_timestep_sampling(
                 config.timestep_density,
@@ -111,7 +112,7 @@ class Objective:
         if config.shift_resolution is not None:
             shift = (clean.shape[-2] * clean.shape[-1]) ** 0.5 / config.shift_resolution
             sigma = shift * sigma / (1 + (shift - 1) * sigma)
-        return sigma.to(clean)
+        return to_device(sigma, clean.device).to(clean)
 
     def _velocity_weight(self, sigma: torch.Tensor) -> torch.Tensor:
         """What the squared error of the velocity is weighed by, [B]; that of the clean picture is s² times it."""
@@ -129,7 +130,7 @@ class Objective:
 
     def _diffusion(self, clean: torch.Tensor, noise: torch.Tensor, generators: list[torch.Generator]) -> Noised:
         drawn = [torch.randint(TRAIN_TIMESTEPS, (1,), generator=generator) for generator in generators]
-        timestep = torch.cat(drawn).to(clean.device)
+        timestep = to_device(torch.cat(drawn), clean.device)
         inputs = self.diffusion.add_noise(clean, noise, timestep)  # pyright: ignore[reportArgumentType]
         target = {
             "epsilon": lambda: noise,

@@ -270,6 +270,7 @@ class Trainer:
         for micro_step in range(step * accumulation, (step + 1) * accumulation):
             with self.watch("data", waits=True):
                 batch = next(batches)
+            self.encode.seed_dropout(micro_step)
             with self.accelerator.accumulate(self.model):
                 example = self.encode(batch, micro_step)
                 with self.watch("model"):
