@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
-from config import DataConfig
+from config import DataConfig, ScanConfig
 from tests.training import tiny_config
 from train import scan
 from train.data import Condition, MicroStepSampler, Source
@@ -91,6 +91,63 @@ def test_pictures_are_turned_as_their_camera_was_held(picture_folder):
     assert (image[:, :15] == -1).all() and (image[:, 17:] == 1).all()
 
 
+def odd_pictures() -> dict[str, Image.Image]:
+    """A grey of 128 in the left half and of 64 in the right, as pictures of many kinds."""
+    pixels = np.full((32, 32), 128, dtype=np.uint8)
+    pixels[:, 16:] = 64
+    grey = Image.fromarray(pixels)
+    clear = Image.merge("LA", (grey, Image.fromarray(np.where(pixels == 128, 255, 0).astype(np.uint8))))
+    palette = grey.convert("P")
+    palette.info["transparency"] = palette.getpixel((31, 0))
+    return {
+        "grey.png": grey,
+        "sixteen_bits.png": Image.fromarray(pixels.astype(np.uint16) * 257),
+        "thirty_two_bits.tif": Image.fromarray(pixels.astype(np.int32) * 257),
+        "ink.tif": grey.convert("RGB").convert("CMYK"),
+        "clear.png": clear,
+        "clear_rgb.webp": clear.convert("RGBA"),
+        "palette.png": palette,
+        "palette.gif": palette,
+    }
+
+
+@pytest.mark.parametrize("name", odd_pictures())
+def test_a_picture_of_any_kind_is_what_a_person_sees_on_white(tmp_path, name):
+    odd_pictures()[name].save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    image = items(folder_source(tmp_path, None), range(1))[0]["image"]
+    right = 255 if "clear" in name or "palette" in name else 64
+    for half, wanted in ((image[:, :, :15], 128), (image[:, :, 17:], right)):
+        assert ((half + 1) * 127.5 - wanted).abs().max() < 1.5
+
+
+def test_of_an_animation_the_first_picture_is_seen(tmp_path):
+    first, second = (Image.new("RGB", (32, 32), colour) for colour in ("black", "white"))
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
+    assert (items(folder_source(tmp_path, None), range(1))[0]["image"] == -1).all()
+
+
+def test_pixels_without_a_known_white_are_told_of(tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "known.png")
+    Image.fromarray(np.ones((32, 32), dtype=np.float32)).save(tmp_path / "floats.tif")
+    Image.fromarray(np.full((32, 32), 2**20, dtype=np.int32)).save(tmp_path / "long.tif")
+    told = "\n".join(item["unreadable"] for item in items(folder_source(tmp_path, None), range(3)))
+    assert "floats.tif: its pixels are floats" in told and "long.tif: its pixels have more than 16 bits" in told
+
+
+def test_hidden_files_are_no_pictures(picture_folder):
+    (picture_folder / "cat" / "._0.png").write_bytes(b"what a Mac leaves")
+    (picture_folder / ".thumbnails").mkdir()
+    Image.new("L", (32, 32)).save(picture_folder / ".thumbnails" / "0.png")
+    assert len(items(folder_source(picture_folder, "label"), range(6))) == 6
+    assert folder_source(picture_folder, "label").classes == ["cat", "dog"]
+
+
+def test_metadata_that_names_no_picture_is_told_of(picture_folder, caplog):
+    (picture_folder / "metadata.jsonl").write_text('\n{"file_name": "cat/7.png", "text": "a cat"}\n')
+    folder_source(picture_folder, "caption")
+    assert "metadata.jsonl names 1 file(s) that are no picture here" in caplog.text and "7.png" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("line", "phrase"),
     [
@@ -119,7 +176,10 @@ def test_a_picture_without_caption_is_named(picture_folder):
         folder_source(picture_folder, "caption")
 
 
-@pytest.mark.parametrize("content", [b"no picture", b"", None])
+PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
+
+
+@pytest.mark.parametrize("content", [b"no picture", b"", None, PNG + b"\0\0\0\4IHDR" + bytes(8)])
 def test_a_picture_that_cannot_be_read_is_replaced_and_told_of(picture_folder, content):
     bad = picture_folder / "cat" / "0.png"
     bad.write_bytes(bad.read_bytes()[:-30] if content is None else content)  # None: cut short
@@ -146,7 +206,7 @@ def test_a_run_tells_of_unreadable_pictures_once_and_ends_above_the_limit(pictur
 def test_a_folder_of_no_readable_picture_is_refused(picture_folder):
     for path in picture_folder.glob("*/*.png"):
         path.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="No picture can be read; the first is"):
+    with pytest.raises(ValueError, match="None of 6 pictures in a row can be read; the first is"):
         items(folder_source(picture_folder, "caption"), range(1))
 
 
@@ -188,18 +248,44 @@ def test_a_model_trains_on_buckets_and_on_sizes(mixed_folder, tmp_path):
         Trainer(wrong)
 
 
+def add_sample(archive: tarfile.TarFile, stem: str, index: int, **changes: bytes) -> None:
+    """A picture whose red is its number, with caption and class."""
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 40), (index, 0, 0)).save(picture, "PNG")
+    files = {"png": picture.getvalue(), "txt": f"number {index}".encode(), "cls": b"%d" % (index % 2)}
+    for suffix, content in {**files, **changes}.items():
+        member = tarfile.TarInfo(f"part/{stem}.{suffix}")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+
+
 def write_shards(folder: Path, count: int, per_shard: int) -> None:
     folder.mkdir()
     for shard in range(count):
         with tarfile.open(folder / f"shard-{shard:02d}.tar", "w") as archive:
             for index in range(shard * per_shard, (shard + 1) * per_shard):
-                picture = io.BytesIO()
-                Image.new("RGB", (40, 40), (index, 0, 0)).save(picture, "PNG")
-                files = {"png": picture.getvalue(), "txt": f"number {index}".encode(), "cls": b"%d" % (index % 2)}
-                for suffix, content in files.items():
-                    member = tarfile.TarInfo(f"part/{index:04d}.{suffix}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
+                add_sample(archive, f"{index:04d}", index)
+
+
+def test_shards_that_each_count_from_zero_lose_nothing(tmp_path):
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            for number in range(3):
+                add_sample(archive, f"{number}", 3 * shard + number)
+    source = build_dataset(DataConfig(name="webdataset", path=str(tmp_path), resolution=32), 0, "caption")
+    assert {item["caption"] for item in items(source, range(6))} == {f"number {index}" for index in range(6)}
+
+
+def test_a_caption_in_a_shard_that_cannot_be_read_costs_one_picture_and_a_wrong_class_is_named(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        add_sample(archive, "0", 0)
+        add_sample(archive, "1", 1, txt=b"\xff\xfe", cls=b"cat")
+    config = DataConfig(name="webdataset", path=str(tmp_path / "0.tar"), resolution=32)
+    seen = items(build_dataset(config, 0, "caption"), range(2))
+    assert {item["caption"] for item in seen} == {"number 0"}
+    assert "1.png: 'utf-8' codec" in "".join(item["unreadable"] for item in seen)
+    with pytest.raises(ValueError, match=r"The .cls of .*1.png is no number of a class \(b'cat'\)"):
+        build_dataset(config, 0, "label")
 
 
 @pytest.mark.parametrize("path", ["shards", "shards/shard-{00..01}.tar", "memory://shards/shard-{00..01}.tar"])
@@ -263,6 +349,32 @@ def test_a_data_set_of_hugging_face_is_read_by_its_columns(tmp_path, saved, pict
     else:
         with pytest.raises(ValueError, match="has no column 'text' among .*data.caption_column"):
             build_dataset(config, 0, "caption")
+
+
+def test_rows_without_picture_or_caption_are_replaced_and_told_of(tmp_path):
+    import datasets
+
+    pictures = [Image.new("RGB", (32, 32), (index, 0, 0)) for index in range(3)]
+    columns = {"image": [*pictures, None], "text": ["number 0", None, "number 2", "number 3"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "rows"))
+    config = DataConfig(name="huggingface", path=str(tmp_path / "rows"), resolution=32)
+    for streaming in (False, True):
+        seen = items(build_dataset(replace(config, streaming=streaming), 0, "caption"), range(4))
+        assert {item["caption"] for item in seen} == {"number 0", "number 2"}
+        told = "\n".join(item["unreadable"] for item in seen)
+        assert "it has no picture" in told and "its text is no text but None" in told
+
+
+def test_a_scan_tells_which_pictures_lack_a_caption(picture_folder, tmp_path):
+    (picture_folder / "cat" / "0.txt").unlink()
+    (picture_folder / "cat" / "1.txt").write_text(" ")
+    (picture_folder / "cat" / "2.txt").write_text("A dog, number 2.")
+    data = DataConfig(name="imagefolder", path=str(picture_folder), num_workers=0)
+    captions = scan.scan(ScanConfig(data, output=str(tmp_path / "scan.json")))["captions"]
+    lacking = {Path(entry["name"]).name: entry["reason"] for entry in captions.pop("lacking")}
+    assert lacking == {"0.png": "it has no caption", "1.png": "it is empty"}
+    assert captions == {"pictures": 4, "distinct": 3, "most_words": 4}
 
 
 def test_a_scan_tells_of_unreadable_and_alike_pictures_and_training_leaves_them_out(tmp_path, capsys, monkeypatch):

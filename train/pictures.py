@@ -6,14 +6,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from config import DataConfig
 from localdit.data.labelled_images import Split
 from train.buckets import BucketSource, Key, bucket_sizes, nearest_buckets, rows_of
 from train.data import Condition
 
-UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError)  # what PIL raises
+TRIED = 1000  # pictures in the place of one that cannot be read
 
 
 class Records(Protocol):
@@ -32,10 +32,12 @@ class Records(Protocol):
         ...
 
     def open(self, row: int) -> Image.Image:
-        """The picture, lazily; raises an OSError or PIL's errors where it cannot be read."""
+        """The picture, lazily; raises where it cannot be read."""
         ...
 
-    def caption(self, row: int) -> str: ...
+    def caption(self, row: int) -> str:
+        """What is written beside the picture; raises a ValueError where nothing is."""
+        ...
 
     def label(self, row: int) -> int: ...
 
@@ -62,32 +64,42 @@ class PictureSource(BucketSource):
     def words(self) -> list[str]:
         if self.condition != "caption":
             return []
-        captions = (self.records.caption(row) for row in range(len(self.records)))
+        captions = (self._caption_or_nothing(row) for row in range(len(self.records)))
         return sorted({word for caption in captions for word in caption.lower().split()})
+
+    def _caption_or_nothing(self, row: int) -> str:
+        try:
+            return self.records.caption(row)
+        except ValueError:  # it is told of when its turn comes
+            return ""
 
     def __getitem__(self, key: Key) -> dict:
         row, bucket = key
-        pixels, row, unreadable = self._read(row, bucket)
-        item: dict = {"name": self.records.name(row), "image": to_tensor(pixels), "unreadable": "\n".join(unreadable)}
+        rows = self.members[bucket]
+        first, unreadable = int(np.searchsorted(rows, row)), []
+        for offset in range(min(len(rows), TRIED)):
+            row = int(rows[(first + offset) % len(rows)])
+            try:
+                return {**self._item(row, bucket), "unreadable": "\n".join(unreadable)}
+            except Exception as error:  # damaged bytes make a decoder fail in any way
+                unreadable.append(f"{self.records.name(row)}: {reason(error)}")
+        raise ValueError(f"None of {len(unreadable)} pictures in a row can be read; the first is {unreadable[0]}.")
+
+    def _item(self, row: int, bucket: int) -> dict:
+        """The picture of a row, with what the model is conditioned on."""
+        with self.records.open(row) as image:
+            pixels = upright_pixels(image, *self.sizes[bucket])
+        item: dict = {"name": self.records.name(row), "image": to_tensor(pixels)}
         if self.condition == "label":
             item["label"] = self.records.label(row)
         if self.condition == "caption":
             item["caption"] = self.records.caption(row)
         return item
 
-    def _read(self, row: int, bucket: int) -> tuple[np.ndarray, int, list[str]]:
-        """The pixels of a row, or of the next one of its bucket that can be read; that row; and what could not be."""
-        rows = self.members[bucket]
-        first = int(np.searchsorted(rows, row))
-        unreadable = []
-        for offset in range(len(rows)):
-            row = int(rows[(first + offset) % len(rows)])
-            try:
-                with self.records.open(row) as image:
-                    return upright_pixels(image, *self.sizes[bucket]), row, unreadable
-            except UNREADABLE as error:
-                unreadable.append(f"{self.records.name(row)}: {' '.join(str(error).split())}")
-        raise ValueError(f"No picture can be read; the first is {unreadable[0]}.")
+
+def reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def wanted_rows(records: Records, scan: str | None) -> list[int]:
@@ -116,7 +128,7 @@ def upright_size(records: Records, row: int) -> tuple[int, int]:
         with records.open(row) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that lie on their side
-    except UNREADABLE:
+    except Exception:  # it is told of when its turn comes
         return 1, 1
     return (width, height) if turned else (height, width)
 
@@ -128,7 +140,26 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def upright_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
     """A picture as its camera was held, resized and cut: uint8 [height, width, 3]."""
-    return np.asarray(cut_to(ImageOps.exif_transpose(image).convert("RGB"), height, width))
+    return np.asarray(cut_to(as_rgb(ImageOps.exif_transpose(image)), height, width))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture in 8 bits of red, green and blue, white where it is transparent; of an animation the first frame.
+
+    Raises:
+        ValueError: for numbers of which it is not known what is black and what is white.
+    """
+    if image.mode.startswith("I"):  # whole numbers of 16 bits, which PIL's own conversion cuts at 255
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits; save it with 8")
+        return Image.fromarray(np.round(pixels / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floats; save it with 8 bits")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def cut_to(image: Image.Image, height: int, width: int) -> Image.Image:

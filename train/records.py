@@ -2,8 +2,11 @@
 
 import io
 import json
+import logging
 import re
 import tarfile
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +16,9 @@ from config import DataConfig
 from train.data import Condition
 from train.pictures import Records
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
 BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")  # as in shard-{000..127}.tar
 
 
@@ -38,11 +43,11 @@ class FolderRecords:
         root = Path(str(config.path))
         if not root.is_dir():
             raise ValueError(f"data.path={config.path!r} is not a folder; give the folder of your pictures.")
-        self.files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        self.root, self.files = root, sorted(filter(is_picture, visible_files(root)))
         if not self.files:
             raise ValueError(f"{root} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}); check data.path.")
         self.classes = sorted({path.parent.name for path in self.files}) if condition == "label" else None
-        self.captions = read_captions(root, self.files) if condition == "caption" else []
+        self.captions = read_captions(root, self.files) if condition == "caption" else None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,22 +59,64 @@ class FolderRecords:
         return Image.open(self.files[row])
 
     def caption(self, row: int) -> str:
-        return self.captions[row]
+        file = self.files[row]
+        caption = self.captions[row] if self.captions is not None else find_caption(file, self.metadata)
+        if caption is None:
+            raise ValueError("it has no caption")
+        return caption
+
+    @cached_property
+    def metadata(self) -> dict[Path, str]:
+        return read_metadata(self.root)
 
     def label(self, row: int) -> int:
         return (self.classes or []).index(self.files[row].parent.name)
 
 
+def visible_files(root: Path) -> Iterator[Path]:
+    """Everything at any depth, but for hidden files and folders, such as those that other systems leave."""
+    return (path for path in root.rglob("*") if not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
 def read_captions(root: Path, files: list[Path]) -> list[str]:
-    """The caption of each file: from a .txt of the same name, or from the root's metadata.jsonl (file_name, text).
+    """The caption of each file: from the root's metadata.jsonl (file_name, text), or from a .txt of the same name.
 
     Raises:
         ValueError: where a line of metadata.jsonl cannot be read, or a picture has no caption.
     """
-    metadata = {}
-    listing = root / "metadata.jsonl"
+    metadata = read_metadata(root)
+    if strangers := sorted(metadata.keys() - set(files)):
+        logger.warning(
+            "metadata.jsonl names %d file(s) that are no picture here, %s first.", len(strangers), strangers[0]
+        )
+    captions = {file: find_caption(file, metadata) for file in files}
+    if missing := [file for file, caption in captions.items() if caption is None]:
+        raise ValueError(
+            f"{missing[0]} and {len(missing) - 1} other picture(s) have no caption; put it into a .txt file of the "
+            "same name or into metadata.jsonl, or set model.caption_channels to null and train on classes or nothing."
+        )
+    return [caption for caption in captions.values() if caption is not None]
+
+
+def find_caption(file: Path, metadata: dict[Path, str]) -> str | None:
+    """The caption of a picture's file, if it has one."""
+    if file in metadata:
+        return metadata[file]
+    text = file.with_suffix(".txt")
+    return read_text(text).strip() if text.is_file() else None
+
+
+def read_metadata(root: Path) -> dict[Path, str]:
+    """The captions in the root's metadata.jsonl, if it has one; raises a ValueError that names a wrong line."""
+    metadata, listing = {}, root / "metadata.jsonl"
     lines = read_text(listing).splitlines() if listing.is_file() else []
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             if not isinstance(entry["text"], str):
@@ -79,21 +126,7 @@ def read_captions(root: Path, files: list[Path]) -> list[str]:
             raise ValueError(
                 f'Line {number} of {listing} is not {{"file_name": "...", "text": "..."}}; correct it.'
             ) from error
-    captions, missing = [], []
-    for file in files:
-        text = file.with_suffix(".txt")
-        if file in metadata:
-            captions.append(metadata[file])
-        elif text.is_file():
-            captions.append(read_text(text).strip())
-        else:
-            missing.append(file)
-    if missing:
-        raise ValueError(
-            f"{missing[0]} and {len(missing) - 1} other picture(s) have no caption; put it into a .txt file of the "
-            "same name or into metadata.jsonl, or set model.caption_channels to null and train on classes or nothing."
-        )
-    return captions
+    return metadata
 
 
 def read_text(file: Path) -> str:
@@ -110,8 +143,8 @@ class HubRecords:
     def __init__(self, config: DataConfig, condition: Condition | None):
         self.rows, self.classes = load_hub_rows(config, condition)
         self.path, self.config = str(config.path), config
-        wanted = {"caption": [config.caption_column], "label": [config.label_column]}.get(condition or "", [])
-        self.conditions = self.rows.select_columns(wanted)  # read without the pictures beside them
+        known = [name for name in (config.caption_column, config.label_column) if name in self.rows.column_names]
+        self.conditions = self.rows.select_columns(known) if known else None  # read without the pictures beside them
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -120,14 +153,27 @@ class HubRecords:
         return f"{self.path}[{row}]"
 
     def open(self, row: int) -> Image.Image:
-        encoded = self.rows[row][self.config.image_column]
-        return Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
+        return open_encoded(self.rows[row][self.config.image_column])
 
     def caption(self, row: int) -> str:
-        return str(self.conditions[row][self.config.caption_column])
+        return caption_of(self.conditions[row] if self.conditions is not None else {}, self.config.caption_column)
 
     def label(self, row: int) -> int:
         return int(self.conditions[row][self.config.label_column])
+
+
+def open_encoded(encoded: dict[str, Any] | None) -> Image.Image:
+    """A picture as datasets has it undecoded; raises a ValueError where a row has none."""
+    if encoded is None:
+        raise ValueError("it has no picture")
+    return Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"])
+
+
+def caption_of(row: dict[str, Any], column: str) -> str:
+    """The caption in a row; raises a ValueError where it has none, or no text."""
+    if not isinstance(row.get(column), str):
+        raise ValueError(f"its {column} is no text but {row.get(column)!r}")
+    return row[column]
 
 
 def load_hub_rows(config: DataConfig, condition: Condition | None) -> tuple[Any, list[str] | None]:
@@ -185,12 +231,12 @@ class TarRecords:
 
     def __init__(self, config: DataConfig, condition: Condition | None):
         self.shards = [local_copy(shard, config.cache_dir) for shard in list_shards(str(config.path))]
-        samples: dict[str, dict[str, Part]] = {}
+        samples: dict[tuple[int, str], dict[str, Part]] = {}  # by shard and stem, as shards may count from 0 each
         for number, shard in enumerate(self.shards):
             for stem, suffix, part in index_tar(shard, number):
-                samples.setdefault(stem, {})[suffix] = part
+                samples.setdefault((number, stem), {})[suffix] = part
         self.names, self.images, self.texts, self.labels = [], [], [], []
-        for stem, parts in samples.items():
+        for (_, stem), parts in samples.items():
             image = next((suffix for suffix in parts if suffix in IMAGE_SUFFIXES), None)
             if image is None:
                 continue
@@ -201,7 +247,7 @@ class TarRecords:
         self._check(str(config.path), condition)
         self.classes = None
         if condition == "label":
-            self.labels = [int(self._bytes(part)) for part in self.labels]
+            self.labels = [self._number(row) for row in range(len(self.images))]
             self.classes = [str(number) for number in range(max(self.labels) + 1)]
 
     def _check(self, path: str, condition: Condition | None) -> None:
@@ -210,6 +256,12 @@ class TarRecords:
         parts, suffix = {"caption": (self.texts, ".txt"), "label": (self.labels, ".cls")}.get(condition or "", ([], ""))
         if None in parts:
             raise ValueError(f"{self.names[parts.index(None)]} has no {suffix} beside it in its shard; add it.")
+
+    def _number(self, row: int) -> int:
+        content = self._bytes(self.labels[row])
+        if not content.strip().isdigit():
+            raise ValueError(f"The .cls of {self.names[row]} is no number of a class ({content[:20]!r}); correct it.")
+        return int(content)
 
     def _bytes(self, part: Part) -> bytes:
         with self.shards[part.shard].open("rb") as file:
@@ -226,6 +278,8 @@ class TarRecords:
         return Image.open(io.BytesIO(self._bytes(self.images[row])))
 
     def caption(self, row: int) -> str:
+        if self.texts[row] is None:
+            raise ValueError("it has no .txt beside it in its shard")
         return self._bytes(self.texts[row]).decode().strip()
 
     def label(self, row: int) -> int:

@@ -1,6 +1,7 @@
 """Looks through pictures before they are trained on: python -m train.scan --data.path FOLDER --output scan.json.
 
-The report tells how many pictures there are, which cannot be read, which look alike, and how many go into each bucket.
+The report tells how many pictures there are, which cannot be read, which look alike, which lack a caption, and how
+many go into each bucket.
 A run that is given it as `data.scan` leaves out the unreadable ones and all but the first of what looks alike.
 """
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from config import ScanConfig
 from train.buckets import bucket_sizes, nearest_buckets
 from train.command_line import parse, run
-from train.pictures import UNREADABLE, Records, upright_size
+from train.pictures import Records, as_rgb, reason, upright_size
 from train.records import load_records
 from train.settings import check_ranges
 
@@ -24,7 +25,7 @@ BITS = 64  # of a perceptual hash
 
 
 class Looks(Dataset):
-    """Of each row its name and size and perceptual hash, or why it cannot be read."""
+    """Of each row its name, size, perceptual hash and caption, or why it cannot be read."""
 
     def __init__(self, records: Records):
         self.records = records
@@ -38,11 +39,17 @@ class Looks(Dataset):
         name = self.records.name(row)
         try:
             with self.records.open(row) as image:
-                look = imagehash.phash(image.convert("RGB"))
-        except UNREADABLE as error:
-            return {"name": name, "reason": " ".join(str(error).split())}
+                look = imagehash.phash(as_rgb(image))
+        except Exception as error:  # damaged bytes make a decoder fail in any way
+            return {"name": name, "reason": reason(error)}
         height, width = upright_size(self.records, row)
-        return {"name": name, "height": height, "width": width, "hash": int(str(look), 16)}
+        return {"name": name, "height": height, "width": width, "hash": int(str(look), 16), **self._caption(row)}
+
+    def _caption(self, row: int) -> dict[str, Any]:
+        try:
+            return {"caption": self.records.caption(row)}
+        except ValueError as error:
+            return {"caption": None, "without": reason(error)}
 
 
 def scan(config: ScanConfig) -> dict[str, Any]:
@@ -65,11 +72,24 @@ def scan(config: ScanConfig) -> dict[str, Any]:
         "pictures": len(looks),
         "unreadable": [look for look in looks if "reason" in look],
         "alike": [[readable[index]["name"] for index in group] for group in groups],
+        "captions": captions_of(readable),
         "buckets": bucket_plan(sizes, config),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
+
+
+def captions_of(readable: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many pictures have a caption, how many of these are distinct, the longest; and those that should have one."""
+    captions = [look["caption"] for look in readable if look["caption"]]
+    lacking = [look for look in readable if not look["caption"]] if captions else []  # else there are none by design
+    return {
+        "pictures": len(captions),
+        "distinct": len(set(captions)),
+        "most_words": max((len(caption.split()) for caption in captions), default=0),
+        "lacking": [{"name": look["name"], "reason": look.get("without", "it is empty")} for look in lacking],
+    }
 
 
 def bucket_plan(sizes: list[tuple[int, int]], config: ScanConfig) -> dict[str, int]:
@@ -111,6 +131,12 @@ def main() -> None:
     report = scan(config)
     spare = sum(len(group) - 1 for group in report["alike"])
     print(f"{report['pictures']} pictures, {len(report['unreadable'])} unreadable, {spare} like another one.")
+    captions = report["captions"]
+    if captions["pictures"]:
+        print(
+            "{pictures} captions, {distinct} of them distinct, of {most_words} words at most".format(**captions), end=""
+        )
+        print(f"; {len(captions['lacking'])} pictures have none.")
     print(", ".join(f"{size}: {count}" for size, count in report["buckets"].items()))
     print(f"{config.output}; train without them by --data.scan {config.output}")
 

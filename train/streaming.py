@@ -1,21 +1,17 @@
 """Data sets that are read as they come, without being on this machine: of the Hub, by the package datasets."""
 
-import io
 import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image
-
 from config import DataConfig
 from localdit.data.labelled_images import Split
 from train.data import Condition, Source
-from train.pictures import UNREADABLE, to_tensor, upright_pixels
-from train.records import load_hub_rows
+from train.pictures import TRIED, reason, to_tensor, upright_pixels
+from train.records import caption_of, load_hub_rows, open_encoded
 
 Key = tuple[int, int, int]  # process, number of processes, and position in what the process reads
-TRIED = 1000  # pictures in the place of one that cannot be read
 
 
 class StreamSource(Source):
@@ -66,24 +62,24 @@ class StreamSource(Source):
     def __getitem__(self, key: Key) -> dict:
         """The picture of a key, or the next one of its process that can be read."""
         self._go_to(key)
-        size, unreadable = self.sizes[0], []
+        unreadable: list[str] = []
         for offset in range(TRIED):
-            row = self._ahead(offset)
-            name = f"{self.config.path} (of process {key[0]})[{key[2] + offset}]"
-            encoded = row[self.config.image_column]
+            row, name = self._ahead(offset), f"{self.config.path} (of process {key[0]})[{key[2] + offset}]"
             try:
-                with Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]) as image:
-                    pixels = upright_pixels(image, *size)
-            except UNREADABLE as error:
-                unreadable.append(f"{name}: {' '.join(str(error).split())}")
-                continue
-            item: dict = {"name": name, "image": to_tensor(pixels), "unreadable": "\n".join(unreadable)}
-            if self.condition == "label":
-                item["label"] = int(row[self.config.label_column])
-            if self.condition == "caption":
-                item["caption"] = str(row[self.config.caption_column])
-            return item
-        raise ValueError(f"{TRIED} pictures in a row cannot be read; the first is {unreadable[0]}.")
+                return {"name": name, **self._item(row), "unreadable": "\n".join(unreadable)}
+            except Exception as error:  # damaged bytes make a decoder fail in any way
+                unreadable.append(f"{name}: {reason(error)}")
+        raise ValueError(f"None of {TRIED} pictures in a row can be read; the first is {unreadable[0]}.")
+
+    def _item(self, row: dict) -> dict:
+        """The picture of a row, with what the model is conditioned on."""
+        with open_encoded(row[self.config.image_column]) as image:
+            item: dict = {"image": to_tensor(upright_pixels(image, *self.sizes[0]))}
+        if self.condition == "label":
+            item["label"] = int(row[self.config.label_column])
+        if self.condition == "caption":
+            item["caption"] = caption_of(row, self.config.caption_column)
+        return item
 
     def _go_to(self, key: Key) -> None:
         """Let the next row that is read, or read ahead, be that of a key."""
