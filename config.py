@@ -489,7 +489,8 @@ class TrainConfig:
         spike_factor: a loss, meant over `log_every` steps, of more than so many times the median of the last ten takes
             the run back to the last checkpoint, from where it goes on with the pictures that come next; None for never.
         max_rollbacks: the run ends when it would go back more often than this.
-        resume: "latest", a checkpoint's folder, or None to start anew.
+        resume: "latest", a checkpoint's folder, or None to start anew; "auto" goes on from the latest checkpoint, or
+            starts anew where there is none yet, as a job that may be run again wants it.
         dry_run: print the settings, the plan and what a step takes, and write nothing.
         save_dtype: of the weights in the trained pipeline.
         hub_repo_id: push the averaged weights to this repository of the Hub ("owner/name") at every checkpoint, while

@@ -7,18 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
 from config import DataConfig, OptimizerConfig, TrainConfig
 from tests.training import tiny_config
-from train.checkpoint import find_checkpoint, list_checkpoints
+from train.checkpoint import damage, find_checkpoint, list_checkpoints, save_checkpoint
 from train.run_plot import plot, read_log
 from train.settings import as_plain
 from train.stopping import STOPPED, StopSignals
@@ -52,21 +54,110 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_a_run_that_is_killed_again_and_again_ends_in_the_same_weights(tmp_path):
-    config = tiny_config(
-        tmp_path / "killed", max_steps=30, checkpoint_every=1, sample_every=1000, data=DataConfig(num_workers=1)
-    )
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    for step in (4, 13):
+def assert_same_checkpoints(first: Path, second: Path, step: int) -> None:
+    """Parameters, optimizer states and averages are equal to the bit after a step of two runs."""
+    mine, theirs = (folder / "checkpoints" / f"step-{step:08d}" for folder in (first, second))
+    for name, tensor in load_file(mine / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(theirs / "model.safetensors")[name]), name
+    for file in ("optimizer.bin", "custom_checkpoint_0.pkl"):
+        assert same(*(torch.load(folder / file) for folder in (mine, theirs))), file
+
+
+def same(mine, theirs) -> bool:
+    """Whether nested states are equal to the bit."""
+    if isinstance(mine, torch.Tensor):
+        return torch.equal(mine, theirs)
+    if isinstance(mine, dict):
+        return mine.keys() == theirs.keys() and all(same(mine[name], theirs[name]) for name in mine)
+    if isinstance(mine, list | tuple):
+        return len(mine) == len(theirs) and all(map(same, mine, theirs))
+    return mine == theirs
+
+
+@pytest.fixture
+def captioned_folder(mixed_folder):
+    """Twenty pictures of three shapes, with captions."""
+    for path in mixed_folder.glob("*.png"):
+        path.with_suffix(".txt").write_text(f"number {path.stem}")
+    return mixed_folder
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_weights(tmp_path, processes, captioned_folder):
+    """With buckets, accumulation, workers, averages and dropout, in the first and the third epoch."""
+    data = DataConfig(name="imagefolder", path=str(captioned_folder), bucket_multiple=16, num_workers=2)
+    config = tiny_config(tmp_path / "killed", data=data, batch_size=2, gradient_accumulation_steps=2)
+    config = replace(config, model=replace(config.model, dropout=0.2), max_steps=24, checkpoint_every=1)
+    config = replace(config, sample_every=1000)
+    checkpoints, launch = tmp_path / "killed" / "checkpoints", ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    for step in (3, 14) if processes == 1 else (14,):
         resume = ("--resume", "latest") if list_checkpoints(checkpoints) else ()
-        process = start(config, tmp_path / "recipe.yaml", *resume)
+        process = start(config, tmp_path / "recipe.yaml", *resume, launch=launch if processes == 2 else ())
         wait_for(checkpoints / f"step-{step:08d}", process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert step <= int(list_checkpoints(checkpoints)[-1].name[-8:]) < 30  # it really was cut short
-    Trainer(replace(config, resume="latest")).train()
-    Trainer(replace(config, output_dir=str(tmp_path / "whole"), checkpoint_every=30)).train()
+        kill(process)
+        assert step <= int(list_checkpoints(checkpoints)[-1].name[-8:]) < 24  # it really was cut short
+    resumed = replace(config, resume="latest")
+    whole = replace(config, output_dir=str(tmp_path / "whole"), checkpoint_every=24)
+    for run in (resumed, whole):
+        if processes == 1:
+            Trainer(run).train()
+            continue
+        process = start(run, tmp_path / "recipe.yaml", launch=launch)
+        errors = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, errors[-3000:]
+    assert_same_checkpoints(tmp_path / "killed", tmp_path / "whole", 24)
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL a process and all that it started, children first, so that nothing can say goodbye."""
+    family = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    parents = dict(map(int, line.split()) for line in family.splitlines())
+    members = {process.pid}
+    while more := {pid for pid, parent in parents.items() if parent in members} - members:
+        members |= more
+    for pid in [process.pid, *(members - {process.pid})]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
+    """A child writes the second checkpoint, and is killed at the n-th time that it touches the disk, for every n."""
+    accelerator, touches = Accelerator(), 0
+    while True:
+        folder = tmp_path / str(touches)
+        save_checkpoint(accelerator, folder, 1, {"step": 1})
+        child = os.fork()
+        if child == 0:
+            kill_at(touches)
+            save_checkpoint(accelerator, folder, 1, {"step": 2})
+            os._exit(0)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found = find_checkpoint("latest", folder)
+        assert damage(found) is None
+        if ended == 0:
+            assert [path.name[-1] for path in folder.iterdir()] == ["2"]
+            break
+        assert ended == -signal.SIGKILL
+        save_checkpoint(accelerator, folder, 1, {"step": 3})
+        assert [path.name[-1] for path in folder.iterdir()] == ["3"]  # and what the kill left is gone
+        touches += 1
+    assert touches > 8
+
+
+def kill_at(touch: int) -> None:
+    """Let this process be killed when it is about to touch the disk after so many times."""
+    left = [touch]
+
+    def watch(event: str, arguments: tuple) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -148,10 +239,6 @@ def test_a_full_disk_ends_a_run_with_the_last_checkpoint_whole(tmp_path):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
-    from accelerate import Accelerator
-
-    from train.checkpoint import save_checkpoint
-
     for step, loss in enumerate([0.5, 0.2, 0.4, 0.3, 0.3], start=1):
         save_checkpoint(Accelerator(), tmp_path, 2, {"step": step, "validation_loss": loss})
     assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["2", "4", "5"]

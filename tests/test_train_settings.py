@@ -40,6 +40,38 @@ def test_a_new_run_does_not_touch_the_checkpoints_of_another(tmp_path):
         Trainer(tiny_config(tmp_path, max_steps=2))
 
 
+@pytest.mark.parametrize("left", ["pipeline", "lora", "log.jsonl", "samples"])
+def test_a_new_run_does_not_touch_what_another_left_without_a_checkpoint(tmp_path, left):
+    (tmp_path / left).mkdir()
+    with pytest.raises(ValueError, match=rf"holds what another run left \({left}\), and no checkpoint"):
+        Trainer(tiny_config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
+def test_a_job_that_may_be_run_again_starts_goes_on_and_is_done(tmp_path):
+    config = tiny_config(tmp_path, resume="auto", max_steps=2, checkpoint_every=2, sample_every=1)
+    (tmp_path / "log.jsonl").touch()  # of a run that was killed before its first checkpoint
+    first = Trainer(config)
+    assert first.state["step"] == 0
+    first.train()
+    assert Trainer(config).state["step"] == 2
+    assert Trainer(replace(config, max_steps=4)).state["step"] == 2
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"holds what another run left \(pipeline\)"):
+        Trainer(config)
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_the_way_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.settings.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match="report_to='trackio' needs the package trackio; pip install trackio."):
+        Trainer(tiny_config(tmp_path, report_to=("tensorboard", "trackio")))
+
+
+def test_a_warm_up_as_long_as_the_run_is_told_of(tmp_path, caplog):
+    Trainer(tiny_config(tmp_path, max_steps=2))
+    assert "optimizer.warmup_steps=2 is not less than max_steps=2" in caplog.text
+
+
 def test_an_older_checkpoint_is_continued_elsewhere_so_that_nothing_newer_is_lost(tmp_path):
     Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=3)).train()
     older = str(tmp_path / "checkpoints" / "step-00000004")
@@ -90,7 +122,16 @@ def test_an_older_checkpoint_is_continued_elsewhere_so_that_nothing_newer_is_los
         ({"seed": -1}, r"seed=-1 must be in \[0, 4294967296\)"),
         ({"output_dir": ""}, "output_dir='' names no folder"),
         ({"output_dir": "README.md/run"}, "README.md is a file"),
-        ({"report_to": ("tensorbord",)}, r"report_to=\['tensorbord'\] are no trackers"),
+        ({"report_to": ("tensorbord",)}, "report_to='tensorbord' is no tracker; choose among .*'trackio', 'wandb'"),
+        (
+            {"data": DataConfig(bucket_multiple=16)},
+            "data.bucket_multiple=16 is for .*, and means nothing to digit_",
+        ),
+        ({"data": DataConfig(name="imagefolder", path="x", streaming=True)}, "data.streaming=True is for huggingface,"),
+        ({"mixture": (DataConfig(held_out=0.1),)}, "mixture.0.held_out=0.1 is for .*, and means nothing to digit_"),
+        ({"optimizer": OptimizerConfig(arguments={"eps": 1.0})}, "optimizer.arguments=.* mean nothing to 'adamw'"),
+        ({"optimizer": OptimizerConfig(lr_cycles=2)}, "optimizer.lr_cycles=2 is for optimizer.lr_scheduler='cosine_w"),
+        ({"objective": ObjectiveConfig("diffusion", "epsilon", flow_shift=2.0)}, "need objective.process='flow'"),
         ({"mixed_precision": "fp16"}, "fp16"),
     ],
 )

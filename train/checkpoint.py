@@ -21,6 +21,8 @@ logging.getLogger("accelerate.utils.other").addFilter(lambda record: "shared ten
 
 PREFIX = "step-"
 STATE = "trainer_state.json"
+NEWEST = ("latest", "auto")  # of `resume`; "auto" also starts a run that has no checkpoint yet
+RESULTS = ("pipeline", "lora", "post_hoc_ema", "samples", "log.jsonl")  # what a run leaves beside its checkpoints
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, keep: int, state: dict[str, Any]) -> Path:
@@ -38,7 +40,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, keep: int, state: di
     name = f"{PREFIX}{state['step']:08d}"
     target, partial = folder / name, folder / f".{name}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob(f".{PREFIX}*.partial"):  # by a run that was killed while it wrote
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
@@ -46,7 +49,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, keep: int, state: di
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             complete(partial, state)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                discard(target)
             os.replace(partial, target)
             sync(folder)
     except Exception as error:  # torch, safetensors and the system each say in their own way that a disk is full
@@ -54,9 +58,16 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, keep: int, state: di
         raise OSError(cannot_write(target, error)) from error
     if accelerator.is_main_process:
         for old in superfluous(list_checkpoints(folder), keep):
-            shutil.rmtree(old)
+            discard(old)
     accelerator.wait_for_everyone()
     return target
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint, under another name first, so that a kill meanwhile leaves nothing that looks like one."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def complete(partial: Path, state: dict[str, Any]) -> None:
@@ -110,12 +121,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(resume: str, folder: Path) -> Path:
-    """The checkpoint that `resume` names, a path or "latest": the newest that is not damaged.
+    """The checkpoint that `resume` names, a path, or "latest" or "auto": the newest that is not damaged.
 
     Raises:
         ValueError: where there is none, or the named one is damaged.
     """
-    if resume != "latest":
+    if resume not in NEWEST:
         if not (Path(resume) / STATE).is_file():
             raise ValueError(f"resume={resume!r} is not a whole checkpoint (it has no {STATE}); name one, or 'latest'.")
         if reason := damage(Path(resume)):
@@ -127,8 +138,37 @@ def find_checkpoint(resume: str, folder: Path) -> Path:
         if reason is None:
             return checkpoint
         logger.warning("%s is passed over, because it is damaged: %s.", checkpoint, reason)
-    what = f"{len(checkpoints)} damaged checkpoint(s) and no whole one" if checkpoints else "no checkpoint"
-    raise ValueError(f"resume='latest', but {folder} holds {what}; drop resume to start anew, in another output_dir.")
+    if checkpoints:
+        raise ValueError(
+            f"resume={resume!r}, but {folder} holds {len(checkpoints)} damaged checkpoint(s) and no whole one; drop "
+            "resume to start anew, in another output_dir."
+        )
+    raise ValueError(f"resume={resume!r}, but {folder} holds no checkpoint; drop resume, or say auto, to start anew.")
+
+
+def find_start(resume: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint that a run begins from, or None for one that starts anew.
+
+    Raises:
+        ValueError: where there is none to resume from, or where a new run would write over another.
+    """
+    folder = output_dir / "checkpoints"
+    others = list_checkpoints(folder)
+    if resume is not None and (others or resume != "auto"):
+        return find_checkpoint(resume, folder)
+    if others:
+        raise ValueError(
+            f"{output_dir} holds checkpoints of another run ({others[-1].name}); continue it with --resume latest, "
+            "choose another --output_dir, or remove them."
+        )
+    # a run that ended before its first checkpoint has logged and drawn, and no more
+    kept = ("log.jsonl", "samples") if resume == "auto" else ()
+    if left := [name for name in RESULTS if name not in kept and (output_dir / name).exists()]:
+        raise ValueError(
+            f"{output_dir} holds what another run left ({', '.join(left)}), and no checkpoint to continue it from; "
+            "choose another --output_dir, or remove that."
+        )
+    return None
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -151,7 +191,7 @@ def check_checkpoint(resume: Path, config: TrainConfig, folder: Path) -> None:
     check_resumed(state.get("config") or {}, config, resume.name)
     if state["step"] > config.max_steps:
         raise ValueError(f"max_steps={config.max_steps} is less than {resume.name} has done; raise it to train on.")
-    if config.resume != "latest":
+    if config.resume not in NEWEST:
         check_newest(resume, folder)
 
 

@@ -159,7 +159,7 @@ class HubRecords:
         return caption_of(self.conditions[row] if self.conditions is not None else {}, self.config.caption_column)
 
     def label(self, row: int) -> int:
-        return int(self.conditions[row][self.config.label_column])
+        return int((self.conditions or self.rows)[row][self.config.label_column])
 
 
 def open_encoded(encoded: dict[str, Any] | None) -> Image.Image:
@@ -247,8 +247,8 @@ class TarRecords:
         self._check(str(config.path), condition)
         self.classes = None
         if condition == "label":
-            self.labels = [self._number(row) for row in range(len(self.images))]
-            self.classes = [str(number) for number in range(max(self.labels) + 1)]
+            self.numbers = [self._number(row) for row in range(len(self.images))]
+            self.classes = [str(number) for number in range(max(self.numbers) + 1)]
 
     def _check(self, path: str, condition: Condition | None) -> None:
         if not self.images:
@@ -283,7 +283,7 @@ class TarRecords:
         return self._bytes(self.texts[row]).decode().strip()
 
     def label(self, row: int) -> int:
-        return self.labels[row]
+        return self.numbers[row]
 
 
 def list_shards(path: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from tqdm import tqdm
 
 from config import TrainConfig
 from train.objective import TRAIN_TIMESTEPS
+from train.settings import as_plain, dotted
 from train.stopwatch import Stopwatch
 
 LOG, SKIPPED = "log.jsonl", "skipped_steps.jsonl"
@@ -144,6 +147,16 @@ class RunLog:
             with (self.folder / LOG).open("a") as log:
                 log.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
 
+    def show(self, step: int, path: Path) -> None:
+        """Hand a sheet of samples, if it was written, to the trackers that take pictures."""
+        if not path.is_file():
+            return
+        sheet = np.asarray(Image.open(path).convert("RGB"))[None]  # [1, H, W, 3]
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": sheet}, step=step, **layout)
+
     def _tell(self, step: int, values: dict[str, Any], seconds_per_step: float) -> None:
         self.note(step, values)
         loss = "none" if values["loss"] is None else f"{values['loss']:.4f}"
@@ -152,6 +165,32 @@ class RunLog:
         self.progress.set_postfix_str(
             f"loss {loss}, {values['images_per_second']:.0f} images/s ({slowest}), {left:.0f} min left"
         )
+
+
+def start_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Start the trackers of `report_to`, and tell them the settings of the run.
+
+    Raises:
+        ValueError: where one cannot start, such as for want of a login.
+    """
+    if not config.report_to:
+        return
+    try:
+        accelerator.init_trackers("train")
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # which would make a run of its own of them
+                tracker.store_init_configuration(dict(settings_by_name(as_plain(config))))
+    except Exception as error:  # each tracker fails in its own way
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"report_to={list(config.report_to)} cannot start ({reason}); log in, or leave it out."
+        ) from error
+
+
+def settings_by_name(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings by their dotted names, as numbers and texts."""
+    for name, value in dotted(settings).items():
+        yield name, value if isinstance(value, int | float | str) else str(value)
 
 
 def loss_by_timestep(

@@ -38,6 +38,14 @@ FREE = (
     "hub_private",
 )
 
+# settings of data, with the sources that read them
+HEARD = {
+    "bucket_multiple": ("imagefolder", "huggingface", "webdataset"),
+    "scan": ("imagefolder", "huggingface", "webdataset"),
+    "held_out": ("imagefolder", "huggingface", "webdataset", "precomputed"),
+    "streaming": ("huggingface",),
+}
+
 
 def check_ranges(config: Any, prefix: str = "") -> None:
     """Raise where a number of a config, or of a config in it, is outside the interval that `config.py` gives it.
@@ -113,10 +121,8 @@ def check_run(config: TrainConfig) -> None:
     check_output_dir(config.output_dir)
     if any(not prompt.strip() for prompt in config.sample.prompts):
         raise ValueError("sample.prompt holds an empty text; say what to draw.")
-    known = {*map(str, LOGGER_TYPE_TO_CLASS)}
-    available = sorted(set(map(str, get_available_trackers())) & known)
-    if missing := sorted(set(config.report_to) - set(available)):
-        raise ValueError(f"report_to={missing} are no trackers that are installed here; choose among {available}.")
+    check_trackers(config.report_to)
+    check_heard(config)
     if config.data.recoloured and (config.data.name != "digit_scenes" or config.objective.process != "flow"):
         raise ValueError(
             f"data.recoloured={config.data.recoloured} needs data.name=digit_scenes and objective.process=flow; "
@@ -150,6 +156,50 @@ def check_run(config: TrainConfig) -> None:
         raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
 
 
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise a ValueError for a tracker that accelerate does not know, or that is not installed."""
+    known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+    for name in names:
+        if name not in known:
+            raise ValueError(f"report_to={name!r} is no tracker; choose among {known}.")
+        if name not in map(str, get_available_trackers()):
+            raise ValueError(f"report_to={name!r} needs the package {name}; pip install {name}.")
+
+
+def check_heard(config: TrainConfig) -> None:
+    """Raise a ValueError where something is set that the run would pass over in silence."""
+    for place, data in enumerate((config.data, *config.mixture)):
+        for name, readers in HEARD.items():
+            if getattr(data, name) and data.name not in readers:
+                setting = f"data.{name}" if place == 0 else f"mixture.{place - 1}.{name}"
+                raise ValueError(
+                    f"{setting}={getattr(data, name)!r} is for {' and '.join(readers)}, and means nothing to "
+                    f"{data.name}; leave it out."
+                )
+    optimizer, objective = config.optimizer, config.objective
+    if optimizer.arguments and optimizer.name in ("adamw", "muon"):
+        raise ValueError(
+            f"optimizer.arguments={optimizer.arguments} are for an imported optimizer, such as torch.optim.AdamW, and "
+            f"mean nothing to {optimizer.name!r}; leave them out, or name one."
+        )
+    if optimizer.lr_cycles > 1 and optimizer.lr_scheduler != "cosine_with_restarts":
+        raise ValueError(
+            f"optimizer.lr_cycles={optimizer.lr_cycles} is for optimizer.lr_scheduler='cosine_with_restarts', not "
+            f"{optimizer.lr_scheduler!r}; set it to 1."
+        )
+    if objective.process != "flow" and (objective.shift_resolution is not None or objective.flow_shift != 1):
+        raise ValueError(
+            "objective.shift_resolution and objective.flow_shift need objective.process='flow', not "
+            f"{objective.process!r}; leave them out."
+        )
+    if optimizer.warmup_steps >= config.max_steps and optimizer.lr_scheduler != "constant":
+        logger.warning(
+            "optimizer.warmup_steps=%d is not less than max_steps=%d: the learning rate rises to the end, and stays "
+            "below what is set.",
+            *(optimizer.warmup_steps, config.max_steps),
+        )
+
+
 def as_plain(config: Any) -> dict[str, Any]:
     """A config as dictionaries, lists, texts and numbers only."""
     return json.loads(json.dumps(asdict(config)))
@@ -167,7 +217,7 @@ def check_resumed(before: dict[str, Any], config: TrainConfig, checkpoint: str) 
     Raises:
         ValueError: where its weights or the optimizer's state cannot fit; other differences are logged.
     """
-    old, new = _flat(before), _flat(as_plain(config))
+    old, new = dotted(before), dotted(as_plain(config))
     common = sorted(old.keys() & new.keys() - set(FREE))  # an older version may have known fewer settings
     changed = [(name, old[name], new[name]) for name in common if old[name] != new[name]]
     for name, was, now in changed:
@@ -192,12 +242,12 @@ def _decides_shapes(name: str, was: Any, now: Any) -> bool:
     return name.startswith(("model.", "text_encoder.", "lora.", "mixers.")) or name == "optimizer.name"
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Settings by their dotted names; what a mixer is given stays one value."""
     flat = {}
     for name, value in settings.items():
         if isinstance(value, dict) and name != "mixer_options":
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= dotted(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

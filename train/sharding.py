@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config import TrainConfig
 from train.components import Denoiser, Networks
+from train.stopping import PATIENCE
 
 
 def by_deepspeed(accelerator: Accelerator) -> bool:
@@ -39,6 +40,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="no" if deepspeed else config.mixed_precision,
         log_with=list(config.report_to) or None,
         project_dir=config.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     accelerator.gradient_accumulation_steps = config.gradient_accumulation_steps  # else a launcher's number would win
     check_launcher(accelerator, config)

@@ -1,12 +1,14 @@
 """Stopping by a signal: noticed by all processes at the same step boundary, so that a checkpoint can be kept."""
 
 import signal
+from datetime import timedelta
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PATIENCE = timedelta(hours=2)  # of processes that wait while the main one draws, scores or writes alone
 STOPPED = 75  # the exit code of a run that a signal stopped: EX_TEMPFAIL, "try again", which a job script can ask for
 
 
@@ -23,7 +25,8 @@ class StopSignals:
     def __init__(self):
         self.noted: signal.Signals | None = None
         # flags travel by gloo between CPUs: to read one off a GPU would wait for all the work that is queued there
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignals":

@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader
 from config import TrainConfig
 from train.adapters import FOLDER as LORA_FOLDER
 from train.adapters import add_lora, check_lora, save_lora
-from train.checkpoint import check_checkpoint, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    check_checkpoint,
+    find_checkpoint,
+    find_start,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from train.components import Networks, build_networks, check_networks, check_samples, condition_of, model_settings
 from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
 from train.distillation import FeatureTeacher
@@ -36,7 +43,7 @@ from train.optimizers import (
 from train.post_hoc_ema import FOLDER as POST_HOC_EMA
 from train.post_hoc_ema import PowerAverages
 from train.precomputed import check_precomputed
-from train.run_log import RunLog, StepRecord
+from train.run_log import RunLog, StepRecord, start_trackers
 from train.run_plot import plot
 from train.sampling import SampleScores, draw_sheet
 from train.settings import as_plain, check_run, save_settings
@@ -131,22 +138,12 @@ class Trainer:
         return None
 
     def _find_start(self) -> Path | None:
-        """The checkpoint to go on from, or None; the main process looks for it, and all hear the same.
-
-        Raises:
-            ValueError: where there is none to resume from, or where a new run would write over another.
-        """
-        folder, config = self.output_dir / "checkpoints", self.config
+        """The checkpoint to go on from, or None; the main process looks for it, and all hear the same."""
         found: list[Path | None] = [None]
         if self.accelerator.is_main_process:
-            if config.resume is not None:
-                found[0] = find_checkpoint(config.resume, folder)
-                check_checkpoint(found[0], config, folder)
-            elif others := list_checkpoints(folder):
-                raise ValueError(
-                    f"{config.output_dir} holds checkpoints of another run ({others[-1].name}); continue it with "
-                    "--resume latest, choose another --output_dir, or remove them."
-                )
+            found[0] = find_start(self.config.resume, self.output_dir)
+            if found[0] is not None:
+                check_checkpoint(found[0], self.config, self.output_dir / "checkpoints")
         return broadcast_object_list(found)[0]
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
@@ -170,8 +167,7 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_settings(config, self.output_dir)
         accelerator.wait_for_everyone()
-        if config.report_to:
-            accelerator.init_trackers("train", config=None)
+        start_trackers(accelerator, config)
         pushes = config.hub_repo_id is not None and accelerator.is_main_process
         self.push = BackgroundPush(str(config.hub_repo_id), config.hub_private) if pushes else None
         self.log = RunLog(config, accelerator, self.watch, self.state)
@@ -351,6 +347,7 @@ class Trainer:
             if networks is not None:
                 path = self.output_dir / "samples" / f"{step:08d}.png"
                 draw_sheet(networks, self.config, path, self.accelerator.device, stop)
+                self.log.show(step, path)
 
     @torch.no_grad()
     def _score_samples(self, step: int, stop: StopSignals) -> None:
