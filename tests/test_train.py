@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import (
     DataConfig,
@@ -208,6 +211,81 @@ def test_only_the_last_checkpoints_are_kept(tmp_path):
     Trainer(tiny_config(tmp_path, checkpoint_every=1, keep_checkpoints=2)).train()
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000005", "step-00000006"]
+
+
+class Notebook(GeneralTracker):
+    """A tracker that keeps what it is told."""
+
+    name, requires_logging_directory, main_process_only = "notebook", False, True
+
+    def __init__(self, fails: bool = False):
+        super().__init__()
+        self.fails, self.settings, self.values, self.pictures = fails, {}, {}, {}
+
+    def start(self) -> None:
+        if self.fails:
+            raise RuntimeError("no API key\nconfigured")
+
+    @property
+    def tracker(self) -> "Notebook":
+        return self
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.settings = values
+
+    def log(self, values: dict, step: int | None = None, **_) -> None:
+        self.values[step] = values
+
+    def log_images(self, values: dict, step: int | None = None, **_) -> None:
+        self.pictures[step] = values
+
+
+def test_trackers_hear_of_settings_losses_and_samples(tmp_path):
+    config = tiny_config(tmp_path / "run", max_steps=2, sample_every=2, report_to=("tensorboard",))
+    trainer, notebook = Trainer(config), Notebook()
+    trainer.accelerator.log_with.append(notebook)
+    trainer.train()
+    assert notebook.settings["optimizer.learning_rate"] == 2e-3 and notebook.settings["model.token_mixers"]
+    assert notebook.values[2]["loss"] > 0 and "shares_of_time/model" in notebook.values[2]
+    assert notebook.pictures[2]["samples"].shape == (1, 64, 128, 3)
+    (events,) = (tmp_path / "run" / "train").glob("events.*")
+    tags = EventAccumulator(str(events)).Reload().Tags()
+    assert tags["images"] == ["samples"] and "loss" in tags["scalars"]
+
+
+def test_a_tracker_that_cannot_start_ends_a_run_before_its_first_step(tmp_path):
+    trainer = Trainer(tiny_config(tmp_path, report_to=("tensorboard",)))
+    trainer.accelerator.log_with = [Notebook(fails=True)]
+    with pytest.raises(ValueError, match=r"cannot start \(no API key configured\); log in, or leave it out"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_dropped_out_depends_on_seed_step_and_process_alone(tmp_path, rank):
+    config = tiny_config(tmp_path)
+    encode = Trainer(config).encode
+    encode.accelerator = SimpleNamespace(process_index=rank)
+    drawn = []
+    for step in (3, 4, 3):
+        torch.rand(step)  # whatever was drawn before
+        encode.seed_dropout(step)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+    encode.accelerator = SimpleNamespace(process_index=1 - rank)
+    encode.seed_dropout(3)
+    assert not torch.equal(torch.rand(4), drawn[0])
+
+
+def test_gradient_checkpointing_changes_nothing_with_dropout_either(tmp_path):
+    weights = []
+    for checkpointing in (False, True):
+        config = tiny_config(tmp_path, gradient_checkpointing=checkpointing)
+        trainer = Trainer(replace(config, model=replace(config.model, dropout=0.3)))
+        batches = iter(trainer.loader)
+        for step in range(2):
+            trainer.train_step(step, batches)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.parameters]))
+    torch.testing.assert_close(*weights)
 
 
 def test_two_processes_train_together(tmp_path):

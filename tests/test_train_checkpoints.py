@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from config import DataConfig, OptimizerConfig, TrainConfig
 from tests.training import tiny_config
 from train.checkpoint import damage, find_checkpoint, list_checkpoints, save_checkpoint
+from train.run_log import RunLog
 from train.run_plot import plot, read_log
 from train.settings import as_plain
 from train.stopping import STOPPED, StopSignals
@@ -321,7 +323,9 @@ def test_too_many_steps_that_are_no_numbers_end_the_run_unsaved(tmp_path):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
-def test_the_log_tells_losses_by_timestep_and_where_the_time_went(tmp_path):
+def test_the_log_tells_losses_by_timestep_and_where_the_time_went(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("tqdm.tqdm.set_postfix_str", lambda _, text: told.append(text))
     Trainer(tiny_config(tmp_path, batch_size=16, checkpoint_every=6, log_every=6)).train()
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     by_timestep = [loss for loss in line["loss_by_timestep"] if loss is not None]
@@ -329,6 +333,18 @@ def test_the_log_tells_losses_by_timestep_and_where_the_time_went(tmp_path):
     assert line["grad_norm"] > 0
     assert line["shares_of_time"].keys() == {"data", "text", "model"}
     assert 0.3 < sum(line["shares_of_time"].values()) <= 1
+    assert re.fullmatch(r"loss [\d.]+, \d+ images/s \(data \d+%, model \d+%, text \d+%\), 0 min left", told[-1]), told
+
+
+def test_the_time_that_is_left_is_told(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("tqdm.tqdm.set_postfix_str", lambda _, text: told.append(text))
+    trainer = Trainer(tiny_config(tmp_path, max_steps=1001))
+    log = RunLog(trainer.config, trainer.accelerator, trainer.watch, {"step": 0})
+    log.add(trainer.train_step(0, iter(trainer.loader)))
+    log.since = time.perf_counter() - 6  # seconds that the step took
+    log.write(1, 1e-3)
+    assert told[-1].endswith("100 min left")
 
 
 def test_the_log_is_drawn_with_steps_done_again_once_and_steps_without_a_loss_left_out(tmp_path):

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +57,8 @@ from train.unreadable import UnreadablePictures
 from train.validation import Validation
 
 logger = logging.getLogger(__name__)
+
+DRAWN_EVERY = 60  # seconds, at the least, between two pictures of the log
 
 
 class Trainer:
@@ -171,6 +174,7 @@ class Trainer:
         pushes = config.hub_repo_id is not None and accelerator.is_main_process
         self.push = BackgroundPush(str(config.hub_repo_id), config.hub_private) if pushes else None
         self.log = RunLog(config, accelerator, self.watch, self.state)
+        self.drawn = time.monotonic()
         self.unreadable = UnreadablePictures(self.output_dir, config.data.max_unreadable)
         with self.log.progress, StopSignals() as stop:
             while self.state["step"] < config.max_steps:
@@ -254,8 +258,10 @@ class Trainer:
         if self.config.optimizer.post_hoc_ema:
             dtype = getattr(torch, self.config.save_dtype)
             self.power_averages.save(self.output_dir / POST_HOC_EMA, dtype, writes=is_main)
-        if is_main:
+        ends = self.state["step"] == self.config.max_steps
+        if is_main and (ends or time.monotonic() - self.drawn > DRAWN_EVERY):
             plot(self.output_dir)
+            self.drawn = time.monotonic()
         if self.config.hub_repo_id is not None:
             self._push(self.state["step"])
 
