@@ -445,11 +445,13 @@ class StageConfig:
         until_step: the step that the stage ends with.
         resolution: side of its pictures in pixels, or of buckets of the same area.
         batch_size: pictures per process and micro-step; None for the run's.
+        path: of a run on precomputed data, the folder of this stage's.
     """
 
     until_step: Count
     resolution: Count
     batch_size: Count | None = None
+    path: str | None = None
 
 
 @dataclass(frozen=True)

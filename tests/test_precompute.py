@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from config import DataConfig, PrecomputeConfig, TrainBenchmarkConfig, TrainConfig
+from config import DataConfig, PrecomputeConfig, StageConfig, TrainBenchmarkConfig, TrainConfig
 from localdit import LocalDiTPipeline
 from tests.training import tiny_config
 from train.benchmark import benchmark
@@ -186,6 +186,28 @@ def test_labels_and_sizes_are_kept_and_what_cannot_be_read_is_left_out(tmp_path,
         assert torch.equal(item["latents"], originals[item["name"]]["image"])
         assert item["label"] == originals[item["name"]]["label"]
     assert str(broken) in (tmp_path / "ready" / "unreadable.jsonl").read_text()
+
+
+def test_precomputed_pictures_grow_by_stages(tmp_path, frozen_run, picture_folder):
+    for side in (32, 64):
+        data = DataConfig(name="imagefolder", path=str(picture_folder), resolution=side, num_workers=0)
+        precompute(job(replace(frozen_run, data=data), tmp_path / f"{side}"))
+    small = StageConfig(until_step=2, resolution=32, batch_size=3, path=str(tmp_path / "32"))
+    config = replace(cached(frozen_run, tmp_path / "64"), stages=(small,), max_steps=3)
+    trainer, seen = Trainer(config), []
+    trainer.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    batches = iter(trainer.loader)
+    for step in range(3):
+        trainer.train_step(step, batches)
+    assert seen == [(3, 4, 8, 8)] * 2 + [(4, 4, 16, 16)]
+    for stage, phrase in (
+        (replace(small, path=None), "stages.0.path=None, with data.name=precomputed; precompute its pictures"),
+        (replace(small, resolution=48), "stages.0.resolution=48, but .* has pictures of 32; make them equal"),
+    ):
+        with pytest.raises(ValueError, match=phrase):
+            Trainer(replace(config, stages=(stage,)))
+    with pytest.raises(ValueError, match="it is for precomputed data alone"):
+        Trainer(replace(config, data=frozen_run.data))
 
 
 def test_the_cost_of_the_trainer_is_told_beside_a_bare_loop(frozen_run, capsys):

@@ -58,7 +58,7 @@ def check_precomputed(config: TrainConfig) -> None:
     """Raise a ValueError where a run's frozen networks are not those that its data were computed with."""
     wanted = networks_digests(config)
     settings = {"vae": "vae", "max_sequence_length": "text_encoder.max_sequence_length"}
-    for path in [data.path for data in (config.data, *config.mixture)]:
+    for path in [part.path for part in (config.data, *config.mixture, *config.stages)]:
         found = load_manifest(path)["networks"]
         for name, value in wanted.items():
             if value != found[name]:
