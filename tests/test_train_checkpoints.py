@@ -179,17 +179,20 @@ def test_a_signal_stops_a_run_after_the_step_with_a_checkpoint(tmp_path, number)
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
 
 
-def test_two_processes_stop_together_at_the_signal_of_one(tmp_path):
+@pytest.mark.parametrize("told", ["second process", "torchrun"])
+def test_two_processes_stop_together_at_the_signal_of_one_or_of_their_launcher(tmp_path, told):
     config = tiny_config(tmp_path / "run", max_steps=100_000, checkpoint_every=100_000, sample_every=100_000)
-    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    passed_on = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1", "--shutdown-timeout", "120")
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node", "2", *passed_on)
     process = start(config, tmp_path / "recipe.yaml", launch=launch)
     wait_for(tmp_path / "run" / "log.jsonl", process)
     children = subprocess.run(
         ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True
     )
-    os.kill(int(children.stdout.split()[-1]), signal.SIGUSR1)  # the second process alone is told
+    os.kill(int(children.stdout.split()[-1]) if told == "second process" else process.pid, signal.SIGUSR1)
     errors = process.communicate(timeout=120)[1]
-    assert "go on with --resume latest" in errors and f"exitcode  : {STOPPED}" in errors, errors[-3000:]
+    assert "go on with --resume latest" in errors and process.returncode == 1, errors[-3000:]
+    assert told == "torchrun" or f"exitcode  : {STOPPED}" in errors, errors[-3000:]
     find_checkpoint("latest", tmp_path / "run" / "checkpoints")
 
 

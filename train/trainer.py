@@ -87,9 +87,9 @@ class Trainer:
         self.teacher = self._find_teacher()
         if self.networks.vae is not None and self.networks.reload is None:
             self.networks.vae.to(self.accelerator.device)
+        # torch's own note on norms under autocast, which nothing here can change
+        warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         if config.compile:
-            # torch's own note on layer norms under autocast, which nothing here can change
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
             self.denoiser.transformer.compile_repeated_blocks()
         optimizers = build_optimizers(self.denoiser, config.optimizer)
         check_averages(optimizers, config.optimizer)
