@@ -343,6 +343,16 @@ def test_adapters_are_trained_alone_and_load_into_the_pipeline_they_were_trained
         assert torch.equal(mine, theirs)
 
 
+def test_muon_trains_adapters_which_are_all_matrices(tmp_path, model_folder):
+    settings = OptimizerConfig(name="muon", warmup_steps=0)
+    config = tiny_config(tmp_path, optimizer=settings, pretrained=str(model_folder), lora=LoraConfig(rank=2))
+    trainer = Trainer(config)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer.train_step(0, iter(trainer.loader))
+    moved = [not torch.equal(*pair) for pair in zip(before, trainer.parameters, strict=True)]
+    assert len(trainer.optimizers) == 1 and any(moved)
+
+
 def test_adapters_that_could_not_be_trained_are_refused(tmp_path):
     with pytest.raises(ValueError, match="lora.rank needs a model to adapt; name its pipeline by pretrained"):
         Trainer(tiny_config(tmp_path, lora=LoraConfig(rank=2)))

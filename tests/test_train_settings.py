@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import torch
 
 from config import (
     AutoencoderConfig,
@@ -218,6 +219,22 @@ def test_a_resumed_run_follows_its_own_settings_and_not_the_checkpoints(tmp_path
     assert log[-1]["learning_rate"] == 1e-5
 
 
+def test_pictures_that_came_meanwhile_are_told_of_and_new_words_refused(tmp_path, picture_folder, caplog):
+    data = DataConfig(name="imagefolder", path=str(picture_folder), num_workers=0)
+    config = tiny_config(tmp_path / "run", data=data, max_steps=1, sample_every=100)
+    Trainer(config).train()
+    again = replace(config, resume="latest", max_steps=2)
+    shutil.copy(picture_folder / "cat" / "0.png", picture_folder / "cat" / "3.png")
+    (picture_folder / "cat" / "3.txt").write_text("A cat, number 0.")
+    Trainer(again)
+    assert "There are 7 pictures, and were 6 when step-00000001 was written" in caplog.text
+    (picture_folder / "cat" / "0.txt").write_text("A cap, number 0.")
+    for name in ("1", "2", "3"):
+        (picture_folder / "cat" / f"{name}.txt").write_text("A cap, number 1.")  # as many words as before
+    with pytest.raises(ValueError, match="other words than those that step-00000001 has learned"):
+        Trainer(again)
+
+
 def test_a_size_that_is_not_the_datas_is_told(tmp_path, caplog):
     Trainer(replace(TINY, output_dir=str(tmp_path), model=replace(TINY.model, sample_size=80)))
     assert any("model.sample_size=80, but the data is 64 wide" in message for message in caplog.messages)
@@ -316,6 +333,18 @@ def test_a_wrong_command_line_ends_with_one_line_and_exit_code_2(tmp_path, argum
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train: ") and message in line
+
+
+def test_a_full_gpu_ends_a_run_with_what_to_do_about_it(capsys):
+    def step():
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+        )
+
+    with pytest.raises(SystemExit):
+        run("train", step)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train: CUDA out of memory. Tried to allocate 2.00 GiB; lower batch_size")
 
 
 def test_one_prompt_may_be_given_as_a_text():

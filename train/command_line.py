@@ -7,12 +7,18 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from jsonargparse import ArgumentParser
 
 from localdit.command_line import INTERRUPTED, hide_loading_bars
 from train.stopping import STOPPED, Stopped
 
 Config = TypeVar("Config")
+
+LESS_MEMORY = (
+    "lower batch_size and raise gradient_accumulation_steps, set gradient_checkpointing to true or mixed_precision to "
+    "bf16; --dry_run true tells what a step takes."
+)
 
 # as jsonargparse says it of the command line and of a recipe
 UNKNOWN = re.compile(r"(?:unrecognized arguments: --|Option ')(?P<name>[^' =]+)")
@@ -65,6 +71,9 @@ def run(program: str, main: Callable[[], None]) -> None:
         main()
     except (ValueError, TypeError, FloatingPointError, OSError, ImportError) as error:
         print(f"{program}: {first_sentence(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except torch.OutOfMemoryError as error:
+        print(f"{program}: {first_sentence(error).partition(' GPU ')[0].rstrip('.')}; {LESS_MEMORY}", file=sys.stderr)
         raise SystemExit(2) from None
     except Stopped as stopped:
         print(f"{program}: {stopped}", file=sys.stderr)

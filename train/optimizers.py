@@ -25,9 +25,9 @@ def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.
     """
     groups, hidden = parameter_groups(denoiser, config)
     if config.name in ("adamw", "muon"):
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-        ]
+        optimizers: list[torch.optim.Optimizer] = []
+        if groups:  # adapters are matrices of the blocks alone
+            optimizers.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True))
         if hidden:
             optimizers.append(torch.optim.Muon(hidden, lr=config.muon_learning_rate, weight_decay=config.weight_decay))
         return optimizers

@@ -9,11 +9,13 @@ was cut short goes on where it was. Train with --data.name precomputed --data.pa
 import json
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -29,6 +31,7 @@ from train.precomputed import EMPTY_CAPTION, FORMAT, MANIFEST, networks_digests
 from train.settings import as_plain, check_output_dir, check_ranges
 from train.unreadable import UnreadablePictures
 
+PATIENCE = timedelta(days=7)  # of processes that are done before the others
 PLAN = "plan.json"  # what the folder is being filled with, so that nothing else is added to it
 
 
@@ -77,7 +80,8 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
             "run.mixture, run.stages and run.data.recoloured cannot be precomputed together; precompute each source by "
             "itself, in one size, with recoloured at 0."
         )
-    accelerator = Accelerator(mixed_precision=config.run.mixed_precision)
+    waits = InitProcessGroupKwargs(timeout=PATIENCE)
+    accelerator = Accelerator(mixed_precision=config.run.mixed_precision, kwargs_handlers=[waits])
     condition = condition_of(model_settings(config.run))
     source = build_dataset(config.run.data, config.run.seed, condition)
     batches = [

@@ -25,6 +25,7 @@ from train.checkpoint import (
     find_start,
     list_checkpoints,
     load_checkpoint,
+    read_state,
     save_checkpoint,
 )
 from train.components import Networks, build_networks, check_networks, check_samples, condition_of, model_settings
@@ -32,6 +33,7 @@ from train.data import MicroStepSampler, build_loader, end_workers, leave_signal
 from train.distillation import FeatureTeacher
 from train.encoding import BatchEncoder, Example
 from train.few_steps import FewStepTeacher
+from train.fingerprint import check_fingerprint, fingerprint
 from train.hub import BackgroundPush
 from train.optimizers import (
     build_optimizers,
@@ -79,6 +81,9 @@ class Trainer:
         if config.lora.rank:
             add_lora(self.networks, config.lora)
         check_networks(self.networks, source)
+        self.fingerprint = fingerprint(config, self.networks, source)
+        if resume is not None:
+            check_fingerprint(read_state(resume).get("fingerprint"), self.fingerprint, resume.name)
         if config.data.name == "precomputed":
             check_precomputed(config)
         check_samples(self.networks.pipeline(config, complete=False), config.sample)
@@ -251,6 +256,7 @@ class Trainer:
             **self.state,
             "validation_loss": validation_loss,
             "config": as_plain(self.config),
+            "fingerprint": self.fingerprint,
             "skipped_steps": self.log.skipped,
         }
         save_checkpoint(self.accelerator, self.output_dir / "checkpoints", self.config.keep_checkpoints, state)
