@@ -258,19 +258,25 @@ def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path, file, damage)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_what_a_worker_raises_is_told_in_one_sentence(picture_folder, capsys):
+def test_a_run_inside_its_own_pictures_is_refused(picture_folder):
+    data = DataConfig(name="imagefolder", path=str(picture_folder), num_workers=0)
+    with pytest.raises(ValueError, match="where a resumed run would be trained on its own samples"):
+        Trainer(tiny_config(picture_folder / "run", data=data))
+
+
+def test_what_a_worker_raises_is_told_in_one_sentence(picture_folder, tmp_path, capsys):
     for path in picture_folder.glob("*/*.png"):
         path.write_bytes(b"no picture")
     data = DataConfig(name="imagefolder", path=str(picture_folder), resolution=64, num_workers=1)
 
     def main():
-        Trainer(tiny_config(picture_folder / "run", data=data, sample=SampleConfig(), max_steps=2)).train()
+        Trainer(tiny_config(tmp_path / "run", data=data, sample=SampleConfig(), max_steps=2)).train()
 
     with pytest.raises(SystemExit) as caught:
         run("train", main)
     assert caught.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert re.fullmatch(r"train: .*No picture can be read; the first is .*\.", error)
+    assert re.fullmatch(r"train: .*None of 6 pictures in a row can be read; the first is .*\.", error)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def check_run(config: TrainConfig) -> None:
     if any(not prompt.strip() for prompt in config.sample.prompts):
         raise ValueError("sample.prompt holds an empty text; say what to draw.")
     check_trackers(config.report_to)
+    check_data(config)
     check_heard(config)
     if config.data.recoloured and (config.data.name != "digit_scenes" or config.objective.process != "flow"):
         raise ValueError(
@@ -166,8 +167,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise ValueError(f"report_to={name!r} needs the package {name}; pip install {name}.")
 
 
-def check_heard(config: TrainConfig) -> None:
-    """Raise a ValueError where something is set that the run would pass over in silence."""
+def check_data(config: TrainConfig) -> None:
+    """Raise a ValueError for settings that a source would pass over in silence, or that would mix it with the run."""
     for place, data in enumerate((config.data, *config.mixture)):
         for name, readers in HEARD.items():
             if getattr(data, name) and data.name not in readers:
@@ -176,6 +177,17 @@ def check_heard(config: TrainConfig) -> None:
                     f"{setting}={getattr(data, name)!r} is for {' and '.join(readers)}, and means nothing to "
                     f"{data.name}; leave it out."
                 )
+        if data.name != "imagefolder" or data.path is None:
+            continue
+        if Path(config.output_dir).resolve().is_relative_to(Path(data.path).resolve()):
+            raise ValueError(
+                f"output_dir={config.output_dir!r} is inside {data.path}, where a resumed run would be trained on its "
+                "own samples; choose a folder outside."
+            )
+
+
+def check_heard(config: TrainConfig) -> None:
+    """Raise a ValueError where something is set that the run would pass over in silence."""
     optimizer, objective = config.optimizer, config.objective
     if optimizer.arguments and optimizer.name in ("adamw", "muon"):
         raise ValueError(
