@@ -97,7 +97,7 @@ def test_one_process_and_two_find_the_same_scores(tmp_path):
         [*launch, "-m", "tests.evaluation_processes", json.dumps(commands(tmp_path, "two.jsonl"))],
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=300,
+        timeout=600,
     )
     one, two = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("one", "two")
