@@ -552,6 +552,11 @@ class PrecomputeConfig:
         pictures: how many, of data without end (digit scenes, patches of photographs); None for all of the others.
         shard_size: pictures of a file, at most.
         dtype: of the latents and states in the files.
+        few_step_starts: keep, in the place of the latents, what the steps of `run.few_step` start at, from noise, and
+            what they have to predict there, so that a run learns few steps from them without a teacher at its side. Of
+            the pictures the captions, labels and sizes count.
+        student: folder of a pipeline of few steps, whose own steps then lead to where the next ones start, so that it
+            learns to go on from there; None for the teacher's.
     """
 
     run: TrainConfig
@@ -559,6 +564,8 @@ class PrecomputeConfig:
     pictures: Count | None = None
     shard_size: Count = 1024
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    few_step_starts: bool = False
+    student: str | None = None
 
 
 @dataclass(frozen=True)

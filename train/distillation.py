@@ -97,7 +97,7 @@ def relative_error(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return error / theirs.float().square().mean(dim=(1, 2))
 
 
-def load_teacher(source: str) -> LocalDiTTransformer2DModel:
+def load_teacher(source: str, role: str = "teacher") -> LocalDiTTransformer2DModel:
     """The transformer of a LocalDiT's or a PixArt's pipeline, in fp32.
 
     Raises:
@@ -110,6 +110,6 @@ def load_teacher(source: str) -> LocalDiTTransformer2DModel:
         return LocalDiTTransformer2DModel.from_pretrained(source, subfolder="transformer", dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"The teacher {source!r} cannot be loaded ({str(error).splitlines()[0]}); name the folder or Hub "
+            f"The {role} {source!r} cannot be loaded ({str(error).splitlines()[0]}); name the folder or Hub "
             "id of a LocalDiT's or a PixArt's pipeline."
         ) from error

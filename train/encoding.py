@@ -49,14 +49,18 @@ class BatchEncoder:
     def __call__(self, batch: dict, micro_step: int) -> Example:
         """Encode a batch of "image" [B, C, H, W] in [-1, 1] and, as the model asks, "caption" or "label".
 
-        Precomputed batches have "latents" [B, C, h, w], and "text" [B, L, D] with its "mask" [B, L], in their place.
+        Precomputed batches have "latents" [B, C, h, w], and "text" [B, L, D] with its "mask" [B, L], in their place;
+        those of few steps have "starts" beside them, and both [B, K, C, h, w].
         """
         generators = self.generators(micro_step, len(batch["name"]))
         drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         dropped = drawn < self.config.objective.condition_dropout
         ready = "latents" in batch
         clean = to_device(batch["latents"], self.accelerator.device) if ready else self.latents(batch["image"])
-        noised = self.objective(clean, generators, self.source(batch, clean, dropped))
+        if "starts" in batch:
+            noised = self.objective.a_step(to_device(batch["starts"], clean.device), clean, generators)
+        else:
+            noised = self.objective(clean, generators, self.source(batch, clean, dropped))
         return Example(noised, {**self.condition(batch, dropped, generators), **self.sizes(clean)})
 
     def generators(self, micro_step: int, count: int) -> list[torch.Generator]:

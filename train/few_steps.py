@@ -11,7 +11,7 @@ from config import TrainConfig
 from train.components import Networks
 from train.distillation import Teacher
 from train.encoding import Example
-from train.objective import TRAIN_TIMESTEPS, flow_sigmas
+from train.objective import TRAIN_TIMESTEPS, flow_sigmas, sampler_of_pictures
 
 
 class FewStepTeacher(Teacher):
@@ -30,7 +30,7 @@ class FewStepTeacher(Teacher):
         accelerator: Accelerator,
         empty_text: tuple[torch.Tensor, torch.Tensor] | None,
     ):
-        self.config, self.prediction_type = config.few_step, config.objective.prediction_type
+        self.config, self.objective = config.few_step, config.objective
         super().__init__(str(self.config.teacher), config, networks, accelerator)
         self.sigmas = flow_sigmas(config.objective, self.config.teacher_steps).to(accelerator.device)
         self.null_class = networks.denoiser.transformer.config.num_classes
@@ -45,7 +45,7 @@ class FewStepTeacher(Teacher):
         noised, condition = example.noised, self.with_states(example.condition)
         picture = self.destination(noised.inputs, noised.timestep, condition)
         sigma = (noised.timestep / TRAIN_TIMESTEPS)[:, None, None, None]
-        target = picture if self.prediction_type == "sample" else (noised.inputs - picture) / sigma
+        target = picture if self.objective.prediction_type == "sample" else (noised.inputs - picture) / sigma
         prediction = model(noised.inputs, noised.timestep, **condition)
         return replace(noised, target=target).losses(prediction)
 
@@ -64,16 +64,47 @@ class FewStepTeacher(Teacher):
         ratio = (self.sigmas[first + stride] / self.sigmas[first])[:, None, None, None]
         return (states - ratio * start) / (1 - ratio)
 
+    @torch.no_grad()
+    def lead(
+        self, noise: torch.Tensor, condition: dict[str, torch.Tensor], student: nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the K steps of the student begin at, and the pictures they have to predict there, both [B, K, C, H, W].
+
+        The teacher's steps lead from the noise [B, C, H, W] to the picture, and are of second order here, which needs
+        fewer of them. With a `student` its own steps do, and the teacher sets out anew from where each of them begins.
+        """
+        stride, states, found = self.config.teacher_steps // self.config.steps, noise.float(), []
+        sampler = sampler_of_pictures(self.objective, self.config.teacher_steps)
+        for first in range(0, self.config.teacher_steps, stride):
+            start = states
+            if student is not None:
+                sampler = sampler_of_pictures(self.objective, self.config.teacher_steps, first)
+            for step in range(first, first + stride):
+                picture = self.guided_picture(states, self.sigmas[step].expand(len(states)), condition)
+                states = sampler.step(picture, sampler.timesteps[step], states).prev_sample
+            ratio = self.sigmas[first + stride] / self.sigmas[first]
+            found.append((start, (states - ratio * start) / (1 - ratio)))
+            if student is not None:
+                own = self.picture(student, start, self.sigmas[first].expand(len(start)), condition)
+                states = ratio * start + (1 - ratio) * own
+        starts, pictures = zip(*found, strict=True)
+        return torch.stack(starts, dim=1), torch.stack(pictures, dim=1)
+
     def guided_picture(
         self, states: torch.Tensor, sigma: torch.Tensor, condition: dict[str, torch.Tensor]
     ) -> torch.Tensor:
         """The clean picture that the teacher predicts with guidance."""
-        timestep = sigma.flatten() * TRAIN_TIMESTEPS
         both = {name: torch.cat([value, without]) for name, value, without in self.pairs(condition)}
-        said = self.denoiser(states.repeat(2, 1, 1, 1), timestep.repeat(2), **both).float()
-        conditional, unconditional = said.chunk(2)
-        predicted = unconditional + self.config.guidance_scale * (conditional - unconditional)
-        return predicted if self.prediction_type == "sample" else states - sigma * predicted
+        pictures = self.picture(self.denoiser, states.repeat(2, 1, 1, 1), sigma.flatten().repeat(2), both)
+        conditional, unconditional = pictures.chunk(2)
+        return unconditional + self.config.guidance_scale * (conditional - unconditional)
+
+    def picture(
+        self, model: nn.Module, states: torch.Tensor, sigma: torch.Tensor, condition: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The clean picture that a model predicts, where `sigma` [B] of the states is noise."""
+        said = model(states, sigma * TRAIN_TIMESTEPS, **condition).float()
+        return said if self.objective.prediction_type == "sample" else states - sigma[:, None, None, None] * said
 
     def pairs(self, condition: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Each argument of the denoiser by its name, with what it is without a condition."""

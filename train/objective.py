@@ -83,13 +83,28 @@ class Objective:
         mix = sigma[:, None, None, None]
         start = torch.where(mix < self.config.recolour_sigma, clean, source)
         inputs = (1 - mix) * start + mix * noise
+        velocity = noise - clean + (1 - mix) / mix * (start - clean)  # (x_t - x_0) / s, without cancellation
+        return self._noised(inputs, clean, velocity, sigma)
+
+    def _noised(self, inputs: torch.Tensor, clean: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> Noised:
         weight = self._velocity_weight(sigma)
         if self.config.prediction_type == "sample":
             # the squared error of the velocity (x_t - x_0) / s that the predicted picture implies
             weight = weight * sigma.clamp(min=self.config.min_sigma) ** -2
             return Noised(inputs, sigma * TRAIN_TIMESTEPS, clean, weight)
-        velocity = noise - clean + (1 - mix) / mix * (start - clean)  # (x_t - x_0) / s, without cancellation
         return Noised(inputs, sigma * TRAIN_TIMESTEPS, velocity, weight)
+
+    def a_step(self, starts: torch.Tensor, pictures: torch.Tensor, generators: list[torch.Generator]) -> Noised:
+        """One of the K steps of each row, drawn alike: its start, and the picture that it has to predict.
+
+        Args:
+            starts, pictures: [B, K, C, H, W], for each of `sigmas`, as `FewStepTeacher.lead` gives them.
+        """
+        assert self.sigmas is not None, "the steps are those of a few-step run"
+        drawn = [torch.randint(starts.shape[1], (1,), generator=generator) for generator in generators]
+        rows, places = torch.arange(len(starts)), torch.cat(drawn)
+        inputs, clean, sigma = starts[rows, places], pictures[rows, places], self.sigmas[places].to(starts)
+        return self._noised(inputs, clean, (inputs - clean) / sigma[:, None, None, None], sigma)
 
     def _draw_sigma(self, clean: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """The share of noise s in (0, 1) of each picture, [B]."""
@@ -160,6 +175,15 @@ def flow_sigmas(config: ObjectiveConfig, steps: int) -> torch.Tensor:
     scheduler: Any = sampling_scheduler(config, first_order=True)
     scheduler.set_timesteps(steps)
     return scheduler.sigmas.float()
+
+
+def sampler_of_pictures(config: ObjectiveConfig, steps: int, first: int = 0) -> DPMSolverMultistepScheduler:
+    """The second-order sampler over `flow_sigmas`, about to take its step number `first`, told predicted pictures."""
+    settings = sampling_scheduler(config, first_order=True).config
+    scheduler = DPMSolverMultistepScheduler.from_config(settings, solver_order=2, prediction_type="sample")
+    scheduler.set_timesteps(steps)
+    scheduler.set_begin_index(first)
+    return scheduler
 
 
 def sampling_scheduler(config: ObjectiveConfig, first_order: bool = False) -> SchedulerMixin:

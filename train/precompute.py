@@ -18,7 +18,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 from config import PrecomputeConfig
@@ -26,7 +26,9 @@ from train.command_line import parse, run
 from train.components import condition_of, model_settings
 from train.data import Source
 from train.datasets import build_dataset
+from train.few_step_starts import StepEncoder
 from train.frozen import encode_pixels, load_text_encoder, load_vae, on_disk
+from train.objective import flow_sigmas
 from train.precomputed import EMPTY_CAPTION, FORMAT, MANIFEST, networks_digests
 from train.settings import as_plain, check_output_dir, check_ranges
 from train.unreadable import UnreadablePictures
@@ -38,7 +40,7 @@ PLAN = "plan.json"  # what the folder is being filled with, so that nothing else
 class Encoder:
     """The frozen networks, on batches of a source."""
 
-    def __init__(self, config: PrecomputeConfig, accelerator: Accelerator, needs_text: bool):
+    def __init__(self, config: PrecomputeConfig, accelerator: Accelerator, source: Source, needs_text: bool):
         frozen = on_disk(config.run)
         self.accelerator = accelerator
         self.dtype = getattr(torch, config.dtype)
@@ -48,6 +50,14 @@ class Encoder:
         self.tokenizer, self.text_encoder = load_text_encoder(frozen.text_encoder) if needs_text else (None, None)
         if self.text_encoder is not None:
             self.text_encoder.to(accelerator.device).eval()
+        self.steps = StepEncoder(config, accelerator, source) if config.few_step_starts else None
+
+    def pictures(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        """The "latents" of a batch; where few steps are to be learned, those that they predict, and their "starts"."""
+        if self.steps is None:
+            return {"latents": self.latents(torch.stack([item["image"] for item in batch]))}
+        starts, pictures = self.steps(default_collate(batch))
+        return {"starts": starts.to(self.dtype), "latents": pictures.to(self.dtype)}
 
     def latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """What the transformer will work on, [B, C, h, w]."""
@@ -90,7 +100,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         for start in range(0, len(keys), config.shard_size)
     ]
     folder = Path(config.output_dir)
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "networks": networks_digests(config.run),
         "condition": condition,
@@ -100,17 +110,21 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         "sizes": source.sizes,
         "data": as_plain(config.run.data),
         "seed": config.run.seed,
+        "starts": start_sigmas(config),
+        "few_step": {**as_plain(config.run.few_step), "student": config.student} if config.few_step_starts else None,
         "shard_pictures": [len(keys) for _, keys in batches],
     }
-    if accelerator.is_main_process:
-        claim(folder, json.loads(json.dumps(manifest)))
-    accelerator.wait_for_everyone()
     mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
     missing = [number for number in mine if not (folder / file_name(number)).is_file()]
     # the empty caption counts as missing too, or a run killed after the last shard would never get it
     needs_empty = condition == "caption" and accelerator.is_main_process and not (folder / EMPTY_CAPTION).is_file()
+    encode = None
     if missing or needs_empty:
-        encode = Encoder(config, accelerator, needs_text=condition == "caption")
+        encode = Encoder(config, accelerator, source, needs_text=condition == "caption")
+    if accelerator.is_main_process:  # when nothing is left to be refused
+        claim(folder, json.loads(json.dumps(manifest)))
+    accelerator.wait_for_everyone()
+    if encode is not None:
         unreadable = UnreadablePictures(folder, config.run.data.max_unreadable)
         progress = tqdm(missing, unit="shard", dynamic_ncols=True, disable=not accelerator.is_local_main_process)
         for number in progress:
@@ -123,6 +137,21 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         finish(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
     accelerator.wait_for_everyone()
     return manifest
+
+
+def start_sigmas(config: PrecomputeConfig) -> list[float] | None:
+    """The shares of noise that the steps of few start at, where these are kept.
+
+    Raises:
+        ValueError: where it is not said whose steps they are, or a student is without a use.
+    """
+    if config.few_step_starts:
+        if config.run.few_step.teacher is None:
+            raise ValueError("few_step_starts needs run.few_step.teacher, the pipeline whose steps are to be learned.")
+        return flow_sigmas(config.run.objective, config.run.few_step.steps)[:-1].tolist()
+    if config.student is not None:
+        raise ValueError(f"student={config.student!r} leads to the starts of few steps; set few_step_starts to true.")
+    return None
 
 
 def file_name(number: int) -> str:
@@ -148,18 +177,20 @@ def write_shard(
     path: Path, source: Source, keys: list, config: PrecomputeConfig, encode: Encoder, unreadable: UnreadablePictures
 ) -> None:
     """Encode the pictures of some keys, all of one size, and write them as one file."""
-    names, latents, labels, texts = [], [], [], []
+    names, pictures, labels, texts = [], [], [], []
     for batch in loaded(source, keys, config):
         unreadable.note([item.get("unreadable", "") for item in batch])
         batch = [item for item in batch if not item.get("unreadable")]  # another picture stands in for these
         if not batch:
             continue
         names += [item["name"] for item in batch]
-        latents.append(encode.latents(torch.stack([item["image"] for item in batch])))
+        pictures.append(encode.pictures(batch))
         if encode.text_encoder is not None:
             texts += encode.text([item["caption"] for item in batch])
         labels += [item["label"] for item in batch if "label" in item]
-    tensors = {"latents": torch.cat(latents) if latents else torch.empty(0)}
+    tensors = {"latents": torch.empty(0)}
+    for name in pictures[0] if pictures else ():
+        tensors[name] = torch.cat([part[name] for part in pictures])
     if texts:
         tensors["text"] = torch.cat(texts)
         tensors["text_ends"] = torch.tensor([len(states) for states in texts]).cumsum(0)

@@ -15,6 +15,7 @@ from localdit.data.labelled_images import Split
 from train.buckets import BucketSource, Key, rows_of
 from train.data import Condition
 from train.frozen import TOKENIZER, digest, on_disk, text_folders
+from train.objective import flow_sigmas
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -69,12 +70,42 @@ def check_precomputed(config: TrainConfig) -> None:
                 )
 
 
+def holds_starts(config: TrainConfig) -> bool:
+    """Whether a run's data are the steps that few steps are learned from, so that it needs no teacher beside it.
+
+    Raises:
+        ValueError: where they are steps of another schedule than the run's, or only some of the data are, or the run
+            would drop the captions that the teacher was guided by.
+    """
+    sources = (config.data, *config.mixture)
+    found = [load_manifest(data.path).get("starts") if data.name == "precomputed" else None for data in sources]
+    if not any(found):
+        return False
+    paths = [data.path for data in sources]
+    if not all(found):
+        raise ValueError(f"Of {paths} some hold the starts of few steps and some do not; train on one kind at a time.")
+    if config.few_step.teacher is None or config.objective.condition_dropout:
+        raise ValueError(
+            f"{paths} hold the starts of few steps, guided by their captions; set few_step.teacher to whose steps they "
+            "are, and objective.condition_dropout to 0."
+        )
+    sigmas = flow_sigmas(config.objective, config.few_step.steps)[:-1].tolist()
+    for path, starts in zip(paths, found, strict=True):
+        if len(starts) != len(sigmas) or not np.allclose(starts, sigmas, atol=1e-4):
+            raise ValueError(
+                f"{path} holds steps that start at noise of {np.round(starts, 3).tolist()}, but few_step.steps and "
+                f"objective.flow_shift make it {np.round(sigmas, 3).tolist()}; set them to what it was computed with."
+            )
+    return True
+
+
 def _short(value: Any) -> str:
     return f"sha256 {value[:12]}" if isinstance(value, str) else str(value)
 
 
 class PrecomputedSource(BucketSource):
-    """Rows of the shards. An item has "latents" [C, h, w], and "text" [L, D] with its "mask" [L], or "label".
+    """Rows of the shards. An item has "latents" [C, h, w], with "starts" where few steps are
+    learned (both then [K, C, h, w]), and "text" [L, D] with its "mask" [L], or "label".
 
     Attributes:
         empty_text: the states [L, D] and the mask [L] of the empty caption, for models with captions.
@@ -135,6 +166,8 @@ class PrecomputedSource(BucketSource):
         number, place = self.place(row)
         shard = self.shard(number)
         item: dict = {"name": self.name(row), "latents": shard.get_slice("latents")[place].float()}
+        if self.manifest.get("starts"):
+            item["starts"] = shard.get_slice("starts")[place].float()
         if self.condition == "label":
             item["label"] = int(shard.get_slice("labels")[place])
         if self.condition == "caption":

@@ -45,7 +45,7 @@ from train.optimizers import (
 )
 from train.post_hoc_ema import FOLDER as POST_HOC_EMA
 from train.post_hoc_ema import PowerAverages
-from train.precomputed import check_precomputed
+from train.precomputed import check_precomputed, holds_starts
 from train.run_log import RunLog, StepRecord, start_trackers
 from train.run_plot import plot
 from train.sampling import SampleScores, draw_sheet
@@ -139,6 +139,8 @@ class Trainer:
     def _find_teacher(self) -> FeatureTeacher | FewStepTeacher | None:
         """The teacher that the config names, if any."""
         config = self.config
+        if holds_starts(config):
+            return None  # what it would say is in the data
         if config.distillation.teacher is not None:
             return FeatureTeacher(config, self.networks, self.accelerator)
         if config.few_step.teacher is not None:
