@@ -110,7 +110,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
         "sizes": source.sizes,
         "data": as_plain(config.run.data),
         "seed": config.run.seed,
-        "starts": start_sigmas(config),
+        "starts": sigmas_to_keep(config),
         "few_step": {**as_plain(config.run.few_step), "student": config.student} if config.few_step_starts else None,
         "shard_pictures": [len(keys) for _, keys in batches],
     }
@@ -139,7 +139,7 @@ def precompute(config: PrecomputeConfig) -> dict[str, Any]:
     return manifest
 
 
-def start_sigmas(config: PrecomputeConfig) -> list[float] | None:
+def sigmas_to_keep(config: PrecomputeConfig) -> list[float] | None:
     """The shares of noise that the steps of few start at, where these are kept.
 
     Raises:

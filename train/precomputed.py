@@ -70,6 +70,11 @@ def check_precomputed(config: TrainConfig) -> None:
                 )
 
 
+def start_sigmas(data: DataConfig) -> list[float]:
+    """The shares of noise that the steps of few start at, in precomputed data that hold them."""
+    return (load_manifest(data.path).get("starts") or []) if data.name == "precomputed" else []
+
+
 def holds_starts(config: TrainConfig) -> bool:
     """Whether a run's data are the steps that few steps are learned from, so that it needs no teacher beside it.
 
@@ -78,7 +83,7 @@ def holds_starts(config: TrainConfig) -> bool:
             would drop the captions that the teacher was guided by.
     """
     sources = (config.data, *config.mixture)
-    found = [load_manifest(data.path).get("starts") if data.name == "precomputed" else None for data in sources]
+    found = [start_sigmas(data) for data in sources]
     if not any(found):
         return False
     paths = [data.path for data in sources]
