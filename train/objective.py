@@ -100,7 +100,8 @@ class Objective:
         Args:
             starts, pictures: [B, K, C, H, W], for each of `sigmas`, as `FewStepTeacher.lead` gives them.
         """
-        assert self.sigmas is not None, "the steps are those of a few-step run"
+        if self.sigmas is None:
+            raise ValueError("The data hold the starts of few steps; set few_step.teacher to whose steps they are.")
         drawn = [torch.randint(starts.shape[1], (1,), generator=generator) for generator in generators]
         rows, places = torch.arange(len(starts)), torch.cat(drawn)
         inputs, clean, sigma = starts[rows, places], pictures[rows, places], self.sigmas[places].to(starts)
