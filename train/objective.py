@@ -181,7 +181,7 @@ def flow_sigmas(config: ObjectiveConfig, steps: int) -> torch.Tensor:
 def sampler_of_pictures(config: ObjectiveConfig, steps: int, first: int = 0) -> DPMSolverMultistepScheduler:
     """The second-order sampler over `flow_sigmas`, about to take its step number `first`, told predicted pictures."""
     settings = sampling_scheduler(config, first_order=True).config
-    scheduler = DPMSolverMultistepScheduler.from_config(settings, solver_order=2, prediction_type="sample")
+    scheduler: Any = DPMSolverMultistepScheduler.from_config(settings, solver_order=2, prediction_type="sample")
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(first)
     return scheduler
