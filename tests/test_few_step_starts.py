@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from diffusers import DPMSolverMultistepScheduler
 from safetensors import safe_open
 
-from config import DataConfig, FewStepConfig, PrecomputeConfig
+from config import DataConfig, FewStepConfig, PrecomputeConfig, StageConfig
 from localdit import LocalDiTPipeline
 from tests.training import tiny_config
 from train.datasets import build_dataset
@@ -197,6 +197,7 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, run):
         ({"objective": replace(run.objective, flow_shift=3.0)}, "steps that start at noise of"),
         ({"few_step": replace(run.few_step, steps=2)}, "steps that start at noise of"),
         ({"mixture": (replace(config.data, path=str(tmp_path / "latents")),)}, "some hold the starts"),
+        ({"stages": (StageConfig(1, run.data.resolution, path=str(tmp_path / "latents")),)}, "some hold the starts"),
     ):
         with pytest.raises(ValueError, match=phrase):
             Trainer(replace(config, **changes))

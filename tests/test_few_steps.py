@@ -108,7 +108,7 @@ def test_a_run_learns_the_few_steps_and_its_pipeline_takes_them(tmp_path, teache
 
 def test_what_does_not_fit_is_one_sentence(tmp_path, teacher):
     config = student(tmp_path, teacher)
-    diffusion = replace(config.objective, process="diffusion", prediction_type="sample")
+    diffusion = replace(config.objective, process="diffusion", prediction_type="sample", flow_shift=1.0)
     for changes, phrase in (
         (
             {"few_step": replace(config.few_step, teacher_steps=10)},

@@ -103,8 +103,10 @@ class Objective:
         if self.sigmas is None:
             raise ValueError("The data hold the starts of few steps; set few_step.teacher to whose steps they are.")
         drawn = [torch.randint(starts.shape[1], (1,), generator=generator) for generator in generators]
-        rows, places = torch.arange(len(starts)), torch.cat(drawn)
-        inputs, clean, sigma = starts[rows, places], pictures[rows, places], self.sigmas[places].to(starts)
+        places = torch.cat(drawn)
+        sigma = to_device(self.sigmas[places], starts.device)
+        rows, places = to_device(torch.stack((torch.arange(len(starts)), places)), starts.device)
+        inputs, clean = starts[rows, places], pictures[rows, places]
         return self._noised(inputs, clean, (inputs - clean) / sigma[:, None, None, None], sigma)
 
     def _draw_sigma(self, clean: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:

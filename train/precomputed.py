@@ -2,6 +2,7 @@
 
 import json
 from bisect import bisect_right
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def holds_starts(config: TrainConfig) -> bool:
         ValueError: where they are steps of another schedule than the run's, or only some of the data are, or the run
             would drop the captions that the teacher was guided by.
     """
-    sources = (config.data, *config.mixture)
+    stages = [replace(config.data, path=stage.path) for stage in config.stages if stage.path is not None]
+    sources = (config.data, *config.mixture, *stages)
     found = [start_sigmas(data) for data in sources]
     if not any(found):
         return False
