@@ -135,7 +135,8 @@ def test_a_report_puts_means_and_spread_between_its_marks_and_draws_them(tmp_pat
     page.write_text("before\n<!-- mixers_digits -->\nold\n<!-- end of mixers_digits -->\nafter\n")
     assert report(scores, page) == 0
     text = page.read_text()
-    assert "| full | 85.0 (80.0 to 90.0) | 3.00 (2.00 to 4.00) | 7 |" in text
+    assert "| the training pictures |  | 99.0 | 0.50 |  |" in text
+    assert "| full | 2 | 85.0 (80.0 to 90.0) | 3.00 (2.00 to 4.00) | 7 |" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     with Image.open(tmp_path / "images" / "mixers_digits.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 2

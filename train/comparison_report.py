@@ -55,11 +55,16 @@ def cell(lines: list[dict], key: str) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def seeds(lines: list[dict]) -> str:
+    """How many runs a row stands for; what was not trained has none."""
+    return str(len(lines)) if lines[0]["seed"] is not None else ""
+
+
 def table(runs: dict[str, list[dict]]) -> str:
     """A Markdown table with a row for each contestant."""
     keys = [key for key in COLUMNS if any(key in line for lines in runs.values() for line in lines)]
-    rows = [["", *(COLUMNS[key][0] for key in keys)], ["---"] * (1 + len(keys))]
-    rows += [[name, *(cell(lines, key) for key in keys)] for name, lines in runs.items()]
+    rows = [["", "seeds", *(COLUMNS[key][0] for key in keys)], ["---"] * (2 + len(keys))]
+    rows += [[name, seeds(lines), *(cell(lines, key) for key in keys)] for name, lines in runs.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
