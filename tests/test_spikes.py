@@ -35,6 +35,7 @@ def with_bad_data(trainer: Trainer, bad: range | tuple = (BAD,)) -> list[int]:
         factor = 100 if micro_step in bad else 1
         return replace(example, noised=replace(example.noised, weight=example.noised.weight * factor))
 
+    encode_badly.seed_dropout = encode.seed_dropout
     trainer.encode = encode_badly
     return seen
 

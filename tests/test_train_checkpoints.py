@@ -292,6 +292,7 @@ def poison(trainer: Trainer, steps: set[int]) -> None:
             example.noised.inputs[0, 0, 0, 0] = float("nan")
         return example
 
+    poisoned.seed_dropout = encode.seed_dropout
     trainer.encode = poisoned
 
 
