@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localdit.mixers import MIXERS, check_mixers
+from localdit.mixers.chunks import chunk_tokens
 from localdit.mixers.window import build_window_layout, cached_window_layout, scheduled_shift
 from localdit.models.attention import LocalDiTAttention, attend, attend_by_matmul
 from tests.rope_reference import THETA, reference_rope
@@ -265,10 +266,10 @@ def test_every_token_belongs_to_exactly_one_window():
 def test_runs_hold_whole_windows_and_cover_the_sequence_once():
     for height, width, window_size, shift in random_layouts(50):
         layout = build_window_layout(height, width, window_size, shift)
-        for chunk_tokens in (1, 7, 30, 10_000, None):
-            runs = list(layout.runs(chunk_tokens))
+        for most in (1, 7, 30, 10_000, None):
+            runs = list(layout.runs(most))
             tokens = [sum(shape.count * shape.tokens for shape in shapes) for shapes in runs]
-            assert chunk_tokens is None or max(tokens) <= max(chunk_tokens, window_size**2)
+            assert most is None or max(tokens) <= max(most, window_size**2)
             assert sum(tokens) == height * width
             cut = [(shape.height, shape.width) for shapes in runs for shape in shapes for _ in range(shape.count)]
             whole = [(shape.height, shape.width) for shape in layout.shapes for _ in range(shape.count)]
@@ -330,17 +331,27 @@ def test_shift_schedule_names_the_shift_of_each_layer(schedule, window_size, shi
 
 
 @pytest.mark.parametrize("options", [{}, {"global_context": 2}, {"relative_position_bias": True}], ids=str)
-def test_chunks_do_not_change_the_result(monkeypatch, options):
+def test_chunks_do_not_change_what_windows_give(monkeypatch, options):
     for grid, window_size, shift in [((9, 10), 3, 1), ((8, 8), 4, 0), ((5, 13), 8, 5), ((1, 1), 4, 2)]:
-        attn = shifted(window_size, shift, **options)
-        for batch_size in (1, 3):
-            hidden_states = torch.randn(batch_size, grid[0] * grid[1], WIDTH)
-            whole = attn(hidden_states, grid)  # in training mode all windows run at once
-            for chunk_tokens in (1, 16, 40, 100):
-                monkeypatch.setattr("localdit.mixers.window.CHUNK_TOKENS", chunk_tokens)
-                with torch.no_grad():
-                    assert attn.processor.chunk_tokens(hidden_states) == max(1, chunk_tokens // batch_size)
-                    torch.testing.assert_close(attn(hidden_states, grid), whole, **NEAR)
+        chunks_do_not_change(monkeypatch, shifted(window_size, shift, **options), grid)
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_map": "elu"}, {"feature_map": "softmax"}], ids=str)
+def test_chunks_do_not_change_what_sums_give(monkeypatch, options):
+    for grid in [(9, 10), (5, 13), (1, 1)]:
+        chunks_do_not_change(monkeypatch, make_attention("linear", **options), grid)
+
+
+def chunks_do_not_change(monkeypatch, attn, grid):
+    for batch_size in (1, 3):
+        hidden_states = torch.randn(batch_size, grid[0] * grid[1], WIDTH)
+        whole = attn(hidden_states, grid)  # in training mode all tokens are taken at once
+        assert chunk_tokens(hidden_states) is None
+        for tokens in (1, 16, 40, 100):
+            monkeypatch.setattr("localdit.mixers.chunks.CHUNK_TOKENS", tokens)
+            with torch.no_grad():
+                assert chunk_tokens(hidden_states) == max(1, tokens // batch_size)
+                torch.testing.assert_close(attn(hidden_states, grid), whole, **NEAR)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from localdit.mixers.base import TokenMixer
+from localdit.mixers.chunks import chunk_tokens
 from localdit.models.attention import LocalDiTAttention
 from localdit.models.rope import grid_positions, rotate
 
@@ -50,16 +51,48 @@ class LinearAttnProcessor(TokenMixer):
         self.feature_map = feature_map
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        return attn.to_output(self.mix(*attn.to_query_key_value(hidden_states), grid))
+        """Mix [B, N, C]: one pass over the tokens sums up keys and values, another reads the sums."""
+        tokens = hidden_states.shape[1]
+        length = chunk_tokens(hidden_states) or max(1, tokens)
+        positions = grid_positions(*grid, device=hidden_states.device).split(length)
+        tables = [self.rotation(own) for own in positions]
+        queries, sums = [], []
+        for chunk, table in zip(hidden_states.split(length, dim=1), tables, strict=True):
+            query, key, value = attn.to_query_key_value(chunk)
+            queries.append(query)
+            sums.append(self.sums(key, value, table, tokens))
+        weight, state = (torch.stack(parts).sum(dim=0) for parts in zip(*sums, strict=True))
+        mixed = [self.read(*chunk, weight, state) for chunk in zip(queries, tables, strict=True)]
+        return torch.cat([attn.to_output(chunk) for chunk in mixed], dim=1)
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        table = self.rotation(grid_positions(*grid, device=query.device))
+        return self.read(query, table, *self.sums(key, value, table, key.shape[1]))
+
+    def sums(
+        self, key: torch.Tensor, value: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What some keys and values [B, n, H, D] add to the sums of all `tokens`.
+
+        Returns:
+            The features [B, H, D], and the turned features times the values [B, H, D, D], both over `tokens`: means do
+            not grow with the sequence, and the result is the same.
+        """
+        with torch.autocast(key.device.type, enabled=False):
+            key = FEATURE_MAPS[self.feature_map](key.float())
+            weight = key.sum(dim=1) / tokens
+            return weight, torch.einsum("bnhd,bnhe->bhde", rotate(key, table), value.float()) / tokens
+
+    def read(
+        self,
+        query: torch.Tensor,
+        table: tuple[torch.Tensor, torch.Tensor] | None,
+        weight: torch.Tensor,
+        state: torch.Tensor,
+    ) -> torch.Tensor:
+        """The mixed values [B, n, H, D] of some queries [B, n, H, D], from the sums of all tokens."""
         with torch.autocast(query.device.type, enabled=False):
-            features = FEATURE_MAPS[self.feature_map]
-            query, key = features(query.float()), features(key.float())
-            # means, not sums: the result is the same, and no longer sequence can make them larger
-            weight = torch.einsum("bnhd,bhd->bnh", query, key.mean(dim=1))
-            table = self.rotation(grid_positions(*grid, device=query.device))
-            query, key = rotate(query, table), rotate(key, table)
-            state = torch.einsum("bnhd,bnhe->bhde", key, value.float()) / key.shape[1]  # [B, H, D, D]
-            mixed = torch.einsum("bnhd,bhde->bnhe", query, state) / (weight + EPSILON).unsqueeze(-1)
-        return mixed.to(value.dtype)
+            features = FEATURE_MAPS[self.feature_map](query.float())
+            share = torch.einsum("bnhd,bhd->bnh", features, weight) + EPSILON
+            mixed = torch.einsum("bnhd,bhde->bnhe", rotate(features, table), state) / share.unsqueeze(-1)
+        return mixed.to(query.dtype)

@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from localdit.mixers.base import TokenMixer, TokenRun
+from localdit.mixers.chunks import chunk_tokens
 from localdit.models.attention import LocalDiTAttention, attend
 from localdit.models.checks import check_bool, check_whole
 from localdit.models.rope import grid_positions
 
 # B batch, N tokens of the grid, W windows of one shape, n tokens of one window, G pooled tokens, H heads, D head dim
-
-# On a CPU, query, key and value of so many tokens stay in the cache between projection and attention.
-CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -208,7 +206,7 @@ class WindowAttnProcessor(TokenMixer):
         # neither a graph nor a fake tensor may leave its own layout to others
         cacheable = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
         layout = self.layout(grid, hidden_states.device, cacheable)
-        runs = layout.runs(self.chunk_tokens(hidden_states))
+        runs = layout.runs(chunk_tokens(hidden_states))
         runs = self.window_runs(layout, runs, grid, self.pool([hidden_states], grid))
         mixed = [self.mix_run(attn, hidden_states.index_select(1, run.tokens), run) for run in runs]
         return torch.cat(mixed, dim=1).index_select(1, layout.place)
@@ -250,12 +248,6 @@ class WindowAttnProcessor(TokenMixer):
                 parts = places.split([shape.count * shape.tokens for shape in shapes])
                 positions = [own.unflatten(0, (shape.count, -1)) for own, shape in zip(parts, shapes, strict=True)]
             yield WindowRun(tokens, tuple(positions), pooled)
-
-    def chunk_tokens(self, hidden_states: torch.Tensor) -> int | None:
-        """Tokens per picture in one run, or None for all at once: in training, in a graph, off the CPU."""
-        if hidden_states.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        return max(1, CHUNK_TOKENS // max(1, hidden_states.shape[0]))
 
     def mix_run(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, run: WindowRun) -> torch.Tensor:
         """Project the tokens of a run [B, n, C], attend inside their windows and project back."""
