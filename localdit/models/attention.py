@@ -84,8 +84,9 @@ class HeadRMSNorm(nn.RMSNorm):
             return rotate(super().forward(x), table)
         exact = x.float()
         square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
-        exact = exact * square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        exact.mul_(self.weight)
+        scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        exact = torch.mul(exact, scale, out=None if exact is x else exact)
+        exact.mul_(self.weight.float())  # factors of two dtypes take twice the time
         if table is not None:
             torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(torch.complex(*table))
         return exact.to(x.dtype)
