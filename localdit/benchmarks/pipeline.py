@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
@@ -89,7 +90,7 @@ def build_text_encoder(settings: Settings) -> T5EncoderModel:
     width, layers, heads, feed_forward = TEXT_ENCODERS[settings.text_encoder]
     config = T5Config(d_model=width, num_layers=layers, num_heads=heads, d_ff=feed_forward, d_kv=64)
     config.update({"feed_forward_proj": "gated-gelu", "is_gated_act": True, "dense_act_fn": "gelu_new"})
-    return T5EncoderModel(config)
+    return T5EncoderModel(config).eval()
 
 
 def build_transformer(settings: Settings) -> LocalDiTTransformer2DModel:
@@ -108,6 +109,7 @@ def build_vae(settings: Settings) -> AutoencoderKL:
 def build_pipeline(settings: Settings, **components: torch.nn.Module) -> Any:
     """A pipeline of the given components and no others."""
     words = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
     parts = {
         "tokenizer": PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"),
         "scheduler": DPMSolverMultistepScheduler(),
