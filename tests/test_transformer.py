@@ -219,6 +219,8 @@ def test_set_token_mixers_keeps_what_was_learned_where_the_shapes_agree():
     for mixer in mixers_of(model):
         assert mixer.relative_position_bias_table.shape == (49, 2)
         assert not mixer.relative_position_bias_table.any()
+    for mixer, before in zip(mixers_of(model), learned, strict=True):
+        assert torch.equal(mixer.context_embedding, before["context_embedding"])
 
 
 def test_set_token_mixers_keeps_dtype_and_backend():
@@ -227,6 +229,17 @@ def test_set_token_mixers_keeps_dtype_and_backend():
     model.set_token_mixers("window", {"window": {"window_size": 2, "relative_position_bias": True}})
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {processor._attention_backend for processor in model.attn_processors.values()} == {"native"}
+
+
+def test_set_token_mixers_keeps_the_steps_of_ssm_in_fp32_as_loading_does(tmp_path):
+    make_model(token_mixers="window").save_pretrained(tmp_path)
+    model = LocalDiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model.set_token_mixers("ssm")
+    model.save_pretrained(tmp_path)
+    loaded = LocalDiTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    own = model.state_dict()
+    assert all(tensor.dtype == own[name].dtype and torch.equal(tensor, own[name]) for name, tensor in loaded.items())
+    assert own["transformer_blocks.0.attn.processor.kernel.log_step"].dtype == torch.float32
 
 
 def test_refused_mixers_leave_the_model_as_it_was():

@@ -182,7 +182,7 @@ class LocalDiTTransformer2DModel(
     ) -> None:
         """Give every layer a new mixer, and the registered config the new names, so that saving and loading agree.
 
-        A layer whose mixer learned parameters of the same names and shapes as its new one keeps them.
+        What a layer's mixer learned stays where its new one has a parameter of the same name and shape.
 
         Args:
             token_mixers: mixer names, tiled over the layers.
@@ -200,12 +200,19 @@ class LocalDiTTransformer2DModel(
         )
         for block, mixer in zip(self.transformer_blocks, mixers, strict=True):
             old = block.attn.get_processor()
-            if isinstance(old, TokenMixer) and _shapes(old) == _shapes(mixer):
-                mixer.load_state_dict(old.state_dict())
+            if isinstance(old, TokenMixer):
+                mixer.load_state_dict(_of_same_shape(old, mixer), strict=False)
             mixer._attention_backend = old._attention_backend
             mixer.requires_grad_(next(block.parameters()).requires_grad)  # a frozen model stays frozen
-            block.attn.set_processor(mixer.to(self.device, self.dtype))
+            self._cast(mixer)
+            block.attn.set_processor(mixer)
         self.register_to_config(token_mixers=token_mixers, mixer_options=deepcopy(mixer_options))
+
+    def _cast(self, mixer: TokenMixer) -> None:
+        """Bring a new mixer to the model's device and precision, but for what loading would keep in fp32 too."""
+        for name, parameter in mixer.named_parameters():
+            kept = not set(self._keep_in_fp32_modules).isdisjoint(name.split("."))
+            parameter.data = parameter.data.to(self.device, None if kept else self.dtype)
 
     def enable_window_streaming(self, chunk_tokens: int | None = None) -> None:
         """Without gradients, run each block chunk by chunk of windows, so that only its input and output are whole.
@@ -406,8 +413,10 @@ class LocalDiTTransformer2DModel(
             )
 
 
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+def _of_same_shape(old: nn.Module, new: nn.Module) -> dict[str, torch.Tensor]:
+    """What `new` can load of the state of `old`."""
+    shapes = {name: tensor.shape for name, tensor in new.state_dict().items()}
+    return {name: tensor for name, tensor in old.state_dict().items() if shapes.get(name) == tensor.shape}
 
 
 def _build_mixers(
