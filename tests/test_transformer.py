@@ -269,7 +269,7 @@ def test_a_frozen_model_stays_frozen_with_new_mixers():
 
 def test_the_config_does_not_change_with_the_options_it_was_made_from():
     options = {"window": {"window_size": 2}}
-    model = make_model()
-    model.set_token_mixers("window", options)
+    made, changed = make_model(mixer_options=options), make_model()
+    changed.set_token_mixers("window", options)
     options["window"]["window_size"] = 7
-    assert model.config.mixer_options == {"window": {"window_size": 2}}
+    assert made.config.mixer_options == changed.config.mixer_options == {"window": {"window_size": 2}}

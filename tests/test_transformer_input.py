@@ -49,6 +49,17 @@ from tests.small_transformers import (
         ({"mixer_options": {"window": {"shift_schedule": [0.5]}}}, ["shift 0.5", "whole number"]),
         ({"caption_channels": None, "num_classes": 0}, ["num_classes=0", "at least 1"]),
         ({"mixer_options": {"window": None}}, ["'window'", "None", "dictionary"]),
+        ({"mixer_options": 4}, ["mixer_options=4", "dictionary"]),
+        ({"token_mixers": None}, ["token_mixers=None", "neither a name nor a list", "'window'"]),
+        ({"token_mixers": {"window"}}, ["neither a name nor a list", "'window'"]),
+        ({"token_mixers": [["window"]]}, ["token_mixers=[['window']]", "neither a name nor a list"]),
+        (
+            {"token_mixers": "linear", "mixer_options": {"linear": {"feature_map": ["relu"]}}},
+            ["feature_map=['relu']", "'softmax'"],
+        ),
+        ({"mlp_ratio": 0.01}, ["mlp_ratio=0.01", "24", "1 / 24"]),
+        ({"mlp_ratio": 0.01, "feed_forward": "mix_ffn"}, ["mlp_ratio=0.01", "1 / 24"]),
+        ({"use_additional_conditions": "no"}, ["use_additional_conditions='no'", "True or False"]),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """The token mixers by name."""
 
 import inspect
+from collections.abc import Sequence
 
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
@@ -30,6 +31,16 @@ def options_of_layer(mixer_options: dict[str, dict | list[dict]], name: str, lay
     return options if isinstance(options, dict) else options[layer % len(options)]
 
 
+def mixer_names(token_mixers: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several, in their order, as a tuple; raises a ValueError where they are no names."""
+    names = (token_mixers,) if isinstance(token_mixers, str) else token_mixers
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"token_mixers={token_mixers!r} is neither a name nor a list of names; choose among {sorted(MIXERS)}."
+        )
+    return tuple(names)
+
+
 def check_mixers(token_mixers: tuple[str, ...], mixer_options: dict[str, dict | list[dict]]) -> None:
     """Raise a ValueError that lists what is known where a mixer or one of its options is not.
 
@@ -39,6 +50,8 @@ def check_mixers(token_mixers: tuple[str, ...], mixer_options: dict[str, dict | 
     """
     if not token_mixers:
         raise ValueError(f"token_mixers is empty; name at least one of {sorted(MIXERS)}.")
+    if not isinstance(mixer_options, dict):
+        raise ValueError(f"mixer_options={mixer_options!r} is not a dictionary that holds each mixer's options.")
     for name in (*token_mixers, *mixer_options):
         if name not in MIXERS:
             raise ValueError(f"token mixer {name!r} is not known; choose among {sorted(MIXERS)}.")

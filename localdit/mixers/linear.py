@@ -46,7 +46,7 @@ class LinearAttnProcessor(TokenMixer):
         feature_map: str = "relu",
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
-        if feature_map not in FEATURE_MAPS:
+        if feature_map not in list(FEATURE_MAPS):  # what was given need not be hashable
             raise ValueError(f"feature_map={feature_map!r} is not known; choose among {sorted(FEATURE_MAPS)}.")
         self.feature_map = feature_map
 

@@ -42,6 +42,8 @@ def check_settings(config: dict[str, Any]) -> None:
         check_real("interpolation_scale", config["interpolation_scale"])
     check_bool("attention_bias", config["attention_bias"])
     check_bool("attention_residual", config["attention_residual"])
+    if config["use_additional_conditions"] is not None:
+        check_bool("use_additional_conditions", config["use_additional_conditions"])
     dropout = config["dropout"]
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} is outside [0, 1).")
@@ -59,6 +61,7 @@ def check_sizes(
     caption_channels: int | None,
     num_classes: int | None,
     use_additional_conditions: bool,
+    mlp_ratio: float,
 ) -> None:
     """Raise a ValueError where settings that are right by themselves do not go together; `dim` is a token's width."""
     if dim % 4:
@@ -75,4 +78,8 @@ def check_sizes(
         raise ValueError(
             f"use_additional_conditions splits the width {dim} into three; choose a width that is a multiple of 3, "
             "or use_additional_conditions=False."
+        )
+    if mlp_ratio * dim < 1:
+        raise ValueError(
+            f"mlp_ratio={mlp_ratio} of the width {dim} leaves the feed-forward no channel; give at least 1 / {dim}."
         )

@@ -19,7 +19,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from localdit.mixers import MIXERS, check_mixers, options_of_layer
+from localdit.mixers import MIXERS, check_mixers, mixer_names, options_of_layer
 from localdit.mixers.base import TokenMixer
 from localdit.models.block import LocalDiTBlock, tokens_of_chunk
 from localdit.models.checks import check_settings, check_sizes, check_whole
@@ -111,11 +111,13 @@ class LocalDiTTransformer2DModel(
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
+        # the caller may go on to change the options
+        self.register_to_config(mixer_options=deepcopy(mixer_options))
         check_settings(dict(self.config))
         dim = num_attention_heads * attention_head_dim
         if use_additional_conditions is None:
             use_additional_conditions = sample_size == 128
-        check_sizes(dim, sample_size, patch_size, caption_channels, num_classes, use_additional_conditions)
+        check_sizes(dim, sample_size, patch_size, caption_channels, num_classes, use_additional_conditions, mlp_ratio)
         if interpolation_scale is None:
             interpolation_scale = max(sample_size // 64, 1)
         mixers = _build_mixers(
@@ -189,7 +191,6 @@ class LocalDiTTransformer2DModel(
             mixer_options: for each mixer name its options, or a list of them for its layers; None for the defaults.
         """
         config = self.config
-        token_mixers = (token_mixers,) if isinstance(token_mixers, str) else tuple(token_mixers)
         mixers = _build_mixers(
             config.num_layers,
             token_mixers,
@@ -206,7 +207,7 @@ class LocalDiTTransformer2DModel(
             mixer.requires_grad_(next(block.parameters()).requires_grad)  # a frozen model stays frozen
             self._cast(mixer)
             block.attn.set_processor(mixer)
-        self.register_to_config(token_mixers=token_mixers, mixer_options=deepcopy(mixer_options))
+        self.register_to_config(token_mixers=mixer_names(token_mixers), mixer_options=deepcopy(mixer_options))
 
     def _cast(self, mixer: TokenMixer) -> None:
         """Bring a new mixer to the model's device and precision, but for what loading would keep in fp32 too."""
@@ -421,15 +422,15 @@ def _of_same_shape(old: nn.Module, new: nn.Module) -> dict[str, torch.Tensor]:
 
 def _build_mixers(
     num_layers: int,
-    token_mixers: tuple[str, ...],
+    token_mixers: str | tuple[str, ...],
     mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None,
     num_attention_heads: int,
     attention_head_dim: int,
     rope_theta: float | None,
 ) -> list[TokenMixer]:
     """One mixer per layer, its names tiled; a mixer's `layer` counts the layers of its own kind before it."""
-    mixer_options = mixer_options or {}
-    token_mixers = (token_mixers,) if isinstance(token_mixers, str) else tuple(token_mixers)
+    mixer_options = {} if mixer_options is None else mixer_options
+    token_mixers = mixer_names(token_mixers)
     check_mixers(token_mixers, mixer_options)
     seen: Counter[str] = Counter()
     mixers = []
