@@ -4,6 +4,8 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import torch
+
 FEED_FORWARDS = ("mlp", "mix_ffn")
 QK_NORMS = ("rms_norm", None)
 
@@ -83,3 +85,20 @@ def check_sizes(
         raise ValueError(
             f"mlp_ratio={mlp_ratio} of the width {dim} leaves the feed-forward no channel; give at least 1 / {dim}."
         )
+
+
+def check_labels(class_labels: Any, batch_size: int, num_classes: int) -> None:
+    """Raise a ValueError unless these are labels for a batch, in [0, num_classes]."""
+    wanted = f"give a tensor of shape [batch] with labels 0 to {num_classes - 1}, or {num_classes} for no label"
+    if class_labels is None:
+        raise ValueError(f"class_labels is missing; {wanted}.")
+    if not isinstance(class_labels, torch.Tensor) or class_labels.dtype not in (torch.int32, torch.int64):
+        what = class_labels.dtype if isinstance(class_labels, torch.Tensor) else type(class_labels).__name__
+        raise ValueError(f"class_labels is of type {what}, not of whole numbers; {wanted}.")
+    if class_labels.shape not in ((), (1,), (batch_size,)):
+        raise ValueError(f"class_labels has shape {list(class_labels.shape)} for {batch_size} pictures; {wanted}.")
+    # on an accelerator it would have to be waited for, and a graph does not know them
+    if class_labels.device.type != "cpu" or type(class_labels) is not torch.Tensor or torch.compiler.is_compiling():
+        return
+    if outside := [label for label in class_labels.flatten().tolist() if not 0 <= label <= num_classes]:
+        raise ValueError(f"class_labels holds {outside[0]}; {wanted}.")

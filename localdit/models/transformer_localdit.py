@@ -22,7 +22,7 @@ from torch import nn
 from localdit.mixers import MIXERS, check_mixers, mixer_names, options_of_layer
 from localdit.mixers.base import TokenMixer
 from localdit.models.block import LocalDiTBlock, tokens_of_chunk
-from localdit.models.checks import check_settings, check_sizes, check_whole
+from localdit.models.checks import check_labels, check_settings, check_sizes, check_whole
 from localdit.models.loading import LoadingMixin
 from localdit.models.patch_embed import GridPatchEmbed
 from localdit.models.text_states import TextStates
@@ -310,7 +310,8 @@ class LocalDiTTransformer2DModel(
             `Transformer2DModelOutput` (or a tuple) with the sample, shape [B, out_channels, H, W].
 
         Raises:
-            ValueError: for sizes that are not whole patches, widths that do not match, or a missing condition.
+            ValueError: for sizes that are not whole patches, widths that do not match, a missing condition, or a label
+                out of range (on a CPU; elsewhere torch says so).
         """
         self._check_inputs(
             hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, encoder_attention_mask, class_labels
@@ -401,11 +402,8 @@ class LocalDiTTransformer2DModel(
             raise ValueError("encoder_hidden_states was given, but this model has no text; leave it out.")
         if self.class_embedder is None and class_labels is not None:
             raise ValueError("class_labels was given, but this model has no classes; leave it out.")
-        if self.class_embedder is not None and class_labels is None:
-            raise ValueError(
-                f"class_labels is missing; give a tensor of shape [batch] with labels 0 to {config.num_classes - 1}, "
-                f"or {config.num_classes} for no label."
-            )
+        if self.class_embedder is not None:
+            check_labels(class_labels, batch_size, config.num_classes)
         missing = sorted({"resolution", "aspect_ratio"} - set(added_cond_kwargs or {}))
         if self.use_additional_conditions and missing:
             raise ValueError(
