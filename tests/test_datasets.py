@@ -62,9 +62,11 @@ def test_damaged_and_missing_idx_files_are_named(idx_folder, tmp_path):
         with pytest.raises(ValueError, match="train-images-idx3-ubyte.*download it anew"):
             load_labelled_images("mnist", "train", idx_folder)
     packed = idx_folder / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
-    packed.write_bytes(packed.read_bytes()[:50])
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_labelled_images("fashion_mnist", "train", idx_folder)
+    content_packed = packed.read_bytes()
+    for damaged in (content_packed[:50], content_packed[:10] + b"\xff" + content_packed[11:]):
+        packed.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_labelled_images("fashion_mnist", "train", idx_folder)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(ValueError, match="holds no file train-images-idx3-ubyte.*data.path"):
@@ -75,6 +77,16 @@ def test_damaged_and_missing_idx_files_are_named(idx_folder, tmp_path):
         (idx_folder / name / "raw" / "train-images-idx3-ubyte").write_bytes(content)
     with pytest.raises(ValueError, match="in 2 folders.*set data.path to one of them"):
         load_labelled_images("fashion_mnist", "train", idx_folder)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "phrase"), [((0, 28, 28), [], "no picture"), ((2, 28, 28), [3, 10], "the label 10")]
+)
+def test_idx_files_of_another_set_are_refused(tmp_path, images, labels, phrase):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros(images)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.array(labels)))
+    with pytest.raises(ValueError, match=f"hold {phrase}, so they are not those of mnist"):
+        load_labelled_images("mnist", "train", tmp_path)
 
 
 def test_the_hub_is_asked_first_and_its_failure_names_the_folder_option(monkeypatch):

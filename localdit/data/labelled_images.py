@@ -1,6 +1,7 @@
 """Small labelled picture sets as arrays: MNIST and Fashion-MNIST, and two that come inside Python packages."""
 
 import gzip
+import zlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -95,6 +96,9 @@ def _from_idx(name: str, split: Split, folder: Path) -> tuple[np.ndarray, np.nda
             f"The IDX files in {root} hold pictures {list(images.shape)} and labels {list(labels.shape)}, "
             "which do not fit; download them anew."
         )
+    if not images.size or labels.max() >= len(DIGITS):
+        what = f"the label {labels.max()}" if images.size else "no picture"
+        raise ValueError(f"The IDX files in {root} hold {what}, so they are not those of {name}; download them anew.")
     return images, labels.astype(np.int64)
 
 
@@ -116,7 +120,7 @@ def read_idx(file: Path) -> np.ndarray:
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read ({error}); download it anew.") from error
     # two zeros, 8 for unsigned bytes, the number of axes, then the length of each in four bytes, the largest first
     if len(content) < 4 or content[:3] != b"\0\0\x08":
