@@ -80,6 +80,12 @@ def test_image_folder_of_classes_labels_by_folder(picture_folder):
     assert sorted(item["label"] for item in items(data, range(6))) == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_picture_beside_the_folders_of_the_classes_makes_no_class(picture_folder):
+    Image.new("L", (32, 32)).save(picture_folder / "contact_sheet.png")
+    with pytest.raises(ValueError, match=r"contact_sheet\.png and 0 other.*beside the folders of the classes"):
+        folder_source(picture_folder, "label")
+
+
 def test_pictures_are_turned_as_their_camera_was_held(picture_folder):
     pixels = np.zeros((32, 32, 3), dtype=np.uint8)
     pixels[:, 16:] = 255
@@ -168,6 +174,14 @@ def test_a_caption_in_another_encoding_is_named(picture_folder):
     (picture_folder / "dog" / "1.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"dog.1\.txt is not UTF-8 .*; save it as UTF-8"):
         folder_source(picture_folder, "caption")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption_nor_a_line_separator_its_end(picture_folder):
+    (picture_folder / "dog" / "1.txt").write_text("a dog", encoding="utf-8-sig")
+    listed = '{"file_name": "cat/0.png", "text": "a\u2028 cat"}'
+    (picture_folder / "metadata.jsonl").write_text(listed, encoding="utf-8-sig")
+    captions = {item["caption"] for item in items(folder_source(picture_folder, "caption"), range(6))}
+    assert {"a dog", "a\u2028 cat"} <= captions
 
 
 def test_a_picture_without_caption_is_named(picture_folder):

@@ -46,7 +46,7 @@ class FolderRecords:
         self.root, self.files = root, sorted(filter(is_picture, visible_files(root)))
         if not self.files:
             raise ValueError(f"{root} holds no picture ({', '.join(sorted(IMAGE_SUFFIXES))}); check data.path.")
-        self.classes = sorted({path.parent.name for path in self.files}) if condition == "label" else None
+        self.classes = folder_classes(root, self.files) if condition == "label" else None
         self.captions = read_captions(root, self.files) if condition == "caption" else None
 
     def __len__(self) -> int:
@@ -82,6 +82,17 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
+def folder_classes(root: Path, files: list[Path]) -> list[str]:
+    """The names of the folders that the pictures lie in; raises a ValueError where some lie beside those folders."""
+    beside = [path for path in files if path.parent == root]
+    if beside and len(beside) < len(files):
+        raise ValueError(
+            f"{beside[0]} and {len(beside) - 1} other picture(s) lie beside the folders of the classes; "
+            "move them into one of these, or away."
+        )
+    return sorted({path.parent.name for path in files})
+
+
 def read_captions(root: Path, files: list[Path]) -> list[str]:
     """The caption of each file: from the root's metadata.jsonl (file_name, text), or from a .txt of the same name.
 
@@ -113,7 +124,7 @@ def find_caption(file: Path, metadata: dict[Path, str]) -> str | None:
 def read_metadata(root: Path) -> dict[Path, str]:
     """The captions in the root's metadata.jsonl, if it has one; raises a ValueError that names a wrong line."""
     metadata, listing = {}, root / "metadata.jsonl"
-    lines = read_text(listing).splitlines() if listing.is_file() else []
+    lines = read_text(listing).split("\n") if listing.is_file() else []  # a caption may hold other separators
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -130,9 +141,9 @@ def read_metadata(root: Path) -> dict[Path, str]:
 
 
 def read_text(file: Path) -> str:
-    """The text of a file; raises a ValueError that names it where it is not UTF-8."""
+    """The text of a file, but for a byte order mark; raises a ValueError that names it where it is not UTF-8."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8.") from error
 
