@@ -28,6 +28,21 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value} must be at least 1.")
 
 
+def check_class_names(id2label: Any) -> dict[int, str]:
+    """Names of classes by number, which come as text from JSON; raises a ValueError where they are anything else."""
+    named = {} if id2label is None else id2label
+    if (
+        not isinstance(named, dict)
+        or not all(isinstance(name, str) and name for name in named.values())
+        or not all(str(number).isdecimal() for number in named)
+    ):
+        raise ValueError(
+            f"id2label={reprlib.repr(id2label)} does not name classes by number; give a dict such as "
+            "{0: 'cat', 1: 'dog'}."
+        )
+    return {int(number): name for number, name in named.items()}
+
+
 class LocalDiTChecksMixin:
     """Checks of a call's arguments against each other and against the components."""
 

@@ -16,7 +16,7 @@ from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import make_image_grid
 from PIL import Image
 
-from .pipeline_checks import LocalDiTChecksMixin, check_count
+from .pipeline_checks import LocalDiTChecksMixin, check_class_names, check_count
 from .pipeline_common import LocalDiTPipelineMixin
 from .pipeline_loading import LocalDiTLoadingMixin
 
@@ -63,19 +63,21 @@ class LocalDiTClassPipeline(
     ):
         super().__init__()
         self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
-        # JSON knows no numbers as keys
-        id2label = {int(number): name for number, name in (id2label or {}).items()}
+        id2label = check_class_names(id2label)
         self.register_to_config(id2label=id2label)
-        self.labels = {name.strip(): number for number in sorted(id2label) for name in id2label[number].split(",")}
+        self.labels = {name: number for number in sorted(id2label) for name in _split_names(id2label[number])}
         self.initialize(call_defaults)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """The numbers of classes by name; raises a ValueError that lists the names where one is not known."""
+        """The numbers of classes by name; raises a ValueError for a name that no class has, or more than one."""
         names = [label] if isinstance(label, str) else label
         for name in names:
             if name not in self.labels:
                 known = ", ".join(list(self.labels)[:20]) or "none; give numbers"
                 raise ValueError(f"The class {name!r} is not known; this pipeline's names: {known}.")
+            alike = [number for number, own in self.config.id2label.items() if name in _split_names(own)]
+            if len(alike) > 1:
+                raise ValueError(f"{name!r} is the name of the classes {alike}; give the number of one.")
         return [self.labels[name] for name in names]
 
     @torch.no_grad()
@@ -229,3 +231,8 @@ class LocalDiTClassPipeline(
         """One strip for each picture: its states, decoded, side by side."""
         columns = [self.decode(state, "pil") for state in states]
         return [make_image_grid(list(row), rows=1, cols=len(states)) for row in zip(*columns, strict=True)]
+
+
+def _split_names(names: str) -> list[str]:
+    """The names of one class."""
+    return [name.strip() for name in names.split(",")]

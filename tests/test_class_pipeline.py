@@ -34,6 +34,21 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+@pytest.mark.parametrize("id2label", [["cat"], {"a": "cat"}, {0: None}, {0: ""}, {-1: "cat"}, {1.5: "cat"}])
+def test_names_that_are_not_by_number_are_refused(make, id2label):
+    parts = make().components
+    with pytest.raises(ValueError, match=r"id2label=.* does not name classes by number; give a dict such as"):
+        LocalDiTClassPipeline(**{**parts, "id2label": id2label})
+
+
+def test_a_name_of_two_classes_is_refused_and_their_numbers_told(make):
+    parts = make().components
+    pipeline = LocalDiTClassPipeline(**{**parts, "id2label": {0: "crane, bird", 1: "bus", 2: "crane, machine"}})
+    assert pipeline.get_label_ids(["bird", "machine"]) == [0, 2]
+    with pytest.raises(ValueError, match=r"'crane' is the name of the classes \[0, 2\]; give the number"):
+        pipeline("crane")
+
+
 def draw(pipeline, *args, **kwargs) -> np.ndarray:
     return np.asarray(pipeline(*args, output_type="np", **kwargs).images)
 
