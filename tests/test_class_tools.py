@@ -112,6 +112,10 @@ def test_a_comparison_scores_every_contestant_once_and_the_references(tmp_path):
     assert lines[3]["steps"] == int(0.5 / seconds["ssm"])
     compare(config)  # nothing is left to do
     assert len(output.read_text().splitlines()) == 4
+    with pytest.raises(ValueError, match="holds runs of cpu_seconds=0.5, which do not compare.*another --output"):
+        compare(replace(config, cpu_seconds=2.0))
+    with pytest.raises(ValueError, match="samples=1 of a class are too few"):
+        compare(replace(config, samples=1))
     with pytest.raises(ValueError, match=r"only=\['fast'\] are not known"):
         compare(replace(config, only=["fast"]))
     scenes = replace(config, run=replace(shared, data=DataConfig()))
@@ -147,3 +151,6 @@ def test_a_report_puts_means_and_spread_between_its_marks_and_draws_them(tmp_pat
     assert report(scores, page) == 2 and "<!-- mixers_digits -->" in capsys.readouterr().err
     assert page.read_text() == "no marks"
     assert report(tmp_path / "none.jsonl", page) == 2
+    for content, phrase in ((json.dumps(lines[0]), "no scores of a mixer"), ("{}\n{", "Line 1 of")):
+        scores.write_text(content)
+        assert report(scores, page) == 2 and phrase in capsys.readouterr().err

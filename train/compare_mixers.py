@@ -179,9 +179,16 @@ def compare(config: ComparisonConfig) -> None:
         raise ValueError(f"only={unknown} are not known; choose among {list(config.contestants)}.")
     if config.run.data.name not in SETS:
         checked_reader(config)
+    elif config.samples < 2:
+        raise ValueError(f"samples={config.samples} of a class are too few for a diversity; give at least 2.")
     output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    if others := {line["cpu_seconds"] for line in lines} - {config.cpu_seconds}:
+        raise ValueError(
+            f"{output} holds runs of cpu_seconds={others.pop():g}, which do not compare with cpu_seconds="
+            f"{config.cpu_seconds:g}; give another --output."
+        )
     done = {(line["name"], line["seed"]) for line in lines}
 
     def write(name: str, seed: int | None, scores: dict) -> None:

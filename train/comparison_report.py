@@ -33,15 +33,21 @@ def read(scores: Path) -> dict[str, list[dict]]:
     """The lines of each contestant, in the order of the file.
 
     Raises:
-        ValueError: where the file is missing or holds no scores.
+        ValueError: where the file is missing, holds no scores, or something else.
     """
     if not scores.is_file():
         raise ValueError(f"{scores} is no file; write it with python -m train.compare_mixers.")
     runs: dict[str, list[dict]] = {}
-    for line in map(json.loads, scores.read_text().splitlines()):
-        runs.setdefault(line["name"], []).append(line)
-    if not runs:
-        raise ValueError(f"{scores} holds no scores; write them with python -m train.compare_mixers.")
+    trained = 0
+    for number, text in enumerate(scores.read_text().splitlines(), start=1):
+        try:
+            line = json.loads(text)
+            trained += line["seed"] is not None
+            runs.setdefault(line["name"], []).append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"Line {number} of {scores} is no score of train.compare_mixers; remove it.") from error
+    if not trained:
+        raise ValueError(f"{scores} holds no scores of a mixer; write them with python -m train.compare_mixers.")
     return runs
 
 
