@@ -96,6 +96,11 @@ def test_any_grid_runs_with_the_same_parameters(grid):
     assert attn(torch.randn(2, grid[0] * grid[1], CHANNELS), grid).isfinite().all()
 
 
+def test_a_batch_of_none_stays_one():
+    mixer = make()
+    assert make_attention(mixer)(torch.zeros(0, 6, CHANNELS), (2, 3)).shape == (0, 6, CHANNELS)
+
+
 def test_the_kernel_of_a_shorter_sequence_begins_the_longer_one():
     kernel = S4DKernel(CHANNELS, 8)
     torch.testing.assert_close(kernel(300)[..., :70], kernel(70), rtol=1e-4, atol=1e-4)

@@ -112,6 +112,8 @@ class BidirectionalSSMProcessor(TokenMixer):
     def convolve(self, states: torch.Tensor) -> torch.Tensor:
         """Run the state space model over [B, L, C] from both ends; a position counts once."""
         length = states.shape[1]
+        if not len(states):  # of which a CPU's FFT makes an error
+            return states
         with torch.autocast(states.device.type, enabled=False):
             forward, backward = self.kernel(length)
             # position l hears l - m from the front and m - l - 1 from the back: a circle of twice the length
