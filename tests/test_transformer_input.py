@@ -47,6 +47,8 @@ from tests.small_transformers import (
         ({"mixer_options": {"window": {"global_context": "x"}}}, ["global_context='x'", "whole number"]),
         ({"mixer_options": {"window": {"relative_position_bias": 2}}}, ["relative_position_bias=2", "True or False"]),
         ({"mixer_options": {"window": {"shift_schedule": [0.5]}}}, ["shift 0.5", "whole number"]),
+        ({"mixer_options": {"window": {"shift_schedule": [0, 0, 0, 9]}}}, ["shift 9", "[0, 4)"]),
+        ({"mixer_options": {"window": {"shift_schedule": [True]}}}, ["shift True", "whole number"]),
         ({"caption_channels": None, "num_classes": 0}, ["num_classes=0", "at least 1"]),
         ({"mixer_options": {"window": None}}, ["'window'", "None", "dictionary"]),
         ({"mixer_options": 4}, ["mixer_options=4", "dictionary"]),

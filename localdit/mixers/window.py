@@ -320,9 +320,9 @@ def scheduled_shift(shift_schedule: str | tuple[int, ...], layer: int, window_si
         raise ValueError(
             f"shift_schedule={shift_schedule!r} is not known; choose 'swin', 'cyclic', 'none' or a sequence of shifts."
         )
-    shift = shift_schedule[layer % len(shift_schedule)]
-    if not isinstance(shift, int) or not 0 <= shift < window_size:
-        raise ValueError(
-            f"shift {shift!r} in shift_schedule is no whole number in [0, {window_size}), the window's size."
-        )
-    return shift
+    for shift in shift_schedule:
+        if not isinstance(shift, int) or isinstance(shift, bool) or not 0 <= shift < window_size:
+            raise ValueError(
+                f"shift {shift!r} in shift_schedule is no whole number in [0, {window_size}), the window's size."
+            )
+    return shift_schedule[layer % len(shift_schedule)]
