@@ -112,7 +112,7 @@ def test_the_last_label_is_the_null_class():
     with torch.no_grad():
         outputs = [call(model, **{**inputs, "class_labels": torch.tensor([label])}) for label in range(LABELS + 1)]
     assert len({output.sum().item() for output in outputs}) == LABELS + 1
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=f"class_labels holds {LABELS + 1}"):
         call(model, **{**inputs, "class_labels": torch.tensor([LABELS + 1])})
 
 
