@@ -46,7 +46,7 @@ class ModelConfig:
     use_additional_conditions: bool | None = None
     caption_channels: int | None = 4096
     num_classes: int | None = None
-    token_mixers: tuple[str, ...] = ("window",)
+    token_mixers: str | tuple[str, ...] = ("window",)
     mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None = None
     rope_theta: float | None = 10000.0
     qk_norm: str | None = "rms_norm"
@@ -334,7 +334,7 @@ class MixersConfig:
         token_mixers, mixer_options: as in `ModelConfig`; None leaves the transformer its own.
     """
 
-    token_mixers: tuple[str, ...] | None = None
+    token_mixers: str | tuple[str, ...] | None = None
     mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None = None
 
 

@@ -356,3 +356,10 @@ def test_a_full_gpu_ends_a_run_with_what_to_do_about_it(capsys):
 def test_one_prompt_may_be_given_as_a_text():
     arguments = ["--output_dir", "x", "--sample.prompt", "a red seven on a black background"]
     assert parse(TrainConfig, "train", arguments).sample.prompts == ["a red seven on a black background"]
+
+
+def test_one_token_mixer_may_be_given_by_its_name():
+    for given, meant in {"linear": "linear", "[linear, full]": ("linear", "full")}.items():
+        arguments = ["--output_dir", "x", "--model.token_mixers", given, "--mixers.token_mixers", given]
+        config = parse(TrainConfig, "train", arguments)
+        assert config.model.token_mixers == config.mixers.token_mixers == meant
