@@ -199,6 +199,10 @@ def test_set_token_mixers_changes_layers_and_config_together():
         assert torch.equal(call(model, **inputs), call(twin, **inputs))
 
 
+def test_a_new_model_takes_a_single_name_as_a_list_of_one():
+    assert make_model(token_mixers="full").config.token_mixers == ("full",)
+
+
 def test_set_token_mixers_takes_a_single_name():
     model = make_model()
     model.set_token_mixers("full")

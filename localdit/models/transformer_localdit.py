@@ -61,7 +61,7 @@ class LocalDiTTransformer2DModel(
             None for yes if sample_size is 128, as in PixArt.
         caption_channels: width of the text encoder's states, or None for a model without text.
         num_classes: number of class labels, or None; label `num_classes` is the null class of guidance.
-        token_mixers: mixer names, tiled over the layers: ("window", "window", "full").
+        token_mixers: a mixer's name, or names tiled over the layers: ("window", "window", "full").
         mixer_options: for each mixer name its options, such as {"window": {"window_size": 8}}, or a list of such
             options, tiled over the layers of that mixer.
         rope_theta: base of the rotary embedding of queries and keys, or None for none.
@@ -101,7 +101,7 @@ class LocalDiTTransformer2DModel(
         use_additional_conditions: bool | None = None,
         caption_channels: int | None = 4096,
         num_classes: int | None = None,
-        token_mixers: tuple[str, ...] = ("window",),
+        token_mixers: str | tuple[str, ...] = ("window",),
         mixer_options: dict[str, dict[str, Any] | list[dict[str, Any]]] | None = None,
         rope_theta: float | None = 10000.0,
         qk_norm: str | None = "rms_norm",
@@ -111,8 +111,8 @@ class LocalDiTTransformer2DModel(
         mlp_ratio: float = 4.0,
     ):
         super().__init__()
-        # the caller may go on to change the options
-        self.register_to_config(mixer_options=deepcopy(mixer_options))
+        # one name is a list of one, and the caller may go on to change the options
+        self.register_to_config(token_mixers=mixer_names(token_mixers), mixer_options=deepcopy(mixer_options))
         check_settings(dict(self.config))
         dim = num_attention_heads * attention_head_dim
         if use_additional_conditions is None:
