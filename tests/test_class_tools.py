@@ -110,8 +110,14 @@ def test_a_comparison_scores_every_contestant_once_and_the_references(tmp_path):
     assert seconds.keys() == {"full", "linear", "ssm"}  # timed in one run, whichever are trained
     assert lines[0]["accuracy"] > 0.9 and lines[2]["training_seconds"] > 0
     assert lines[3]["steps"] == int(0.5 / seconds["ssm"])
-    compare(config)  # nothing is left to do
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- {tmp_path.name} --><!-- end of {tmp_path.name} -->")
+    compare(replace(config, page=str(page)))  # nothing is left to train
     assert len(output.read_text().splitlines()) == 4
+    assert "| full | 1 |" in page.read_text() and (tmp_path / "images" / f"{tmp_path.name}.png").is_file()
+    page.write_text("no marks")
+    with pytest.raises(ValueError, match="has no lines <!-- .* for the table to go between"):
+        compare(replace(config, page=str(page)))
     with pytest.raises(ValueError, match="holds runs of cpu_seconds=0.5, which do not compare.*another --output"):
         compare(replace(config, cpu_seconds=2.0))
     with pytest.raises(ValueError, match="samples=1 of a class are too few"):

@@ -20,6 +20,7 @@ from localdit.evaluation.digit_scenes import load_reader, score_real_scenes
 from localdit.evaluation.intervals import rate_interval
 from localdit.evaluation.records import versions
 from train.command_line import parse, run
+from train.comparison_report import marks, table_name, write_page
 from train.datasets import resized
 from train.score_classes import draw_classes, judge_of
 from train.score_digit_scenes import score_text_to_image
@@ -43,6 +44,7 @@ class ComparisonConfig:
         cpu_seconds: the training time of each run, on one thread.
         samples: pictures of each class, or of each kind of digit scene, that are scored.
         reader: of digit scenes, trained by python -m localdit.evaluation.digit_scenes train.
+        page: of Markdown, which gets the table and the plot in the end; see `train.comparison_report`.
     """
 
     output: str
@@ -53,6 +55,7 @@ class ComparisonConfig:
     cpu_seconds: Positive = 80.0
     samples: Count = 100
     reader: str | None = None
+    page: str | None = None
 
 
 def contestant(config: ComparisonConfig, name: str, seed: int) -> TrainConfig:
@@ -182,6 +185,8 @@ def compare(config: ComparisonConfig) -> None:
     elif config.samples < 2:
         raise ValueError(f"samples={config.samples} of a class are too few for a diversity; give at least 2.")
     output = Path(config.output)
+    if config.page is not None:
+        marks(Path(config.page), table_name(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
     if others := {line["cpu_seconds"] for line in lines} - {config.cpu_seconds}:
@@ -206,6 +211,8 @@ def compare(config: ComparisonConfig) -> None:
         max_steps = max(1, int(config.cpu_seconds / seconds[name]))
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             write(name, seed, pool.apply(measure, (config, name, seed, max_steps)))
+    if config.page is not None:
+        write_page(output, Path(config.page))
 
 
 if __name__ == "__main__":

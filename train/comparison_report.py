@@ -100,18 +100,35 @@ def plot(runs: dict[str, list[dict]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def insert(page: Path, name: str, content: str) -> None:
-    """Replace what stands between the comments `<!-- name -->` and `<!-- end of name -->` of a page.
-
-    Raises:
-        ValueError: where the page has no such comments.
-    """
+def marks(page: Path, name: str) -> tuple[str, str]:
+    """The comments of a page that a table goes between; raises a ValueError where the page has none."""
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     if begin not in text or end not in text:
         raise ValueError(f"{page} has no lines {begin} and {end} for the table to go between; add them.")
+    return begin, end
+
+
+def insert(page: Path, name: str, content: str) -> None:
+    """Replace what stands between the `marks` of a page."""
+    begin, end = marks(page, name)
+    text = page.read_text(encoding="utf-8")
     head, tail = text.split(begin)[0], text.split(end)[1]
     page.write_text(f"{head}{begin}\n{content}\n{end}{tail}", encoding="utf-8")
+
+
+def table_name(scores: Path) -> str:
+    """What the marks of a comparison's table are called: the name of its folder."""
+    return scores.parent.name
+
+
+def write_page(scores: Path, page: Path) -> None:
+    """Put the table and the plot of a comparison into a page, and the plot's file into `images` beside it."""
+    runs, name = read(scores), table_name(scores)
+    picture = page.parent / "images" / f"{name}.png"
+    plot(runs, picture)
+    insert(page, name, f"{table(runs)}\n\n![{name}](images/{picture.name})")
+    print(f"{page}, {picture}")
 
 
 def main() -> None:
@@ -119,12 +136,7 @@ def main() -> None:
     parser.add_argument("scores", type=Path, help="what train.compare_mixers wrote; its folder's name names the table")
     parser.add_argument("--page", type=Path, required=True, help="where the table goes, between two comments")
     arguments = parser.parse_args()
-    runs = read(arguments.scores)
-    name = arguments.scores.parent.name
-    picture = arguments.page.parent / "images" / f"{name}.png"
-    plot(runs, picture)
-    insert(arguments.page, name, f"{table(runs)}\n\n![{name}](images/{picture.name})")
-    print(f"{arguments.page}, {picture}")
+    write_page(arguments.scores, arguments.page)
 
 
 if __name__ == "__main__":
