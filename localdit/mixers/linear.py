@@ -51,9 +51,10 @@ class LinearAttnProcessor(TokenMixer):
         self.feature_map = feature_map
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Mix [B, N, C]: one pass over the tokens sums up keys and values, another reads the sums."""
-        tokens = hidden_states.shape[1]
-        length = chunk_tokens(hidden_states) or max(1, tokens)
+        """Mix [B, N, C]: at once, or chunk by chunk, once to sum up keys and values and once to read the sums."""
+        tokens, length = hidden_states.shape[1], chunk_tokens(hidden_states)
+        if length is None or length >= tokens:
+            return attn.to_output(self.mix(*attn.to_query_key_value(hidden_states), grid))
         positions = grid_positions(*grid, device=hidden_states.device).split(length)
         tables = [self.rotation(own) for own in positions]
         queries, sums = [], []
