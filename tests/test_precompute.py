@@ -167,8 +167,9 @@ def test_two_processes_write_what_one_writes(tmp_path, frozen_run):
 
 
 def test_labels_and_sizes_are_kept_and_what_cannot_be_read_is_left_out(tmp_path, frozen_run, picture_folder):
-    Image.new("RGB", (100, 40)).save(picture_folder / "wide.png")
-    broken = picture_folder / "broken.png"
+    folder = next(path for path in sorted(picture_folder.iterdir()) if path.is_dir())
+    Image.new("RGB", (100, 40)).save(folder / "wide.png")
+    broken = folder / "broken.png"
     broken.write_bytes(b"no picture")
     model = replace(frozen_run.model, caption_channels=None, num_classes=3, mixer_options=None)
     data = DataConfig(name="imagefolder", path=str(picture_folder), resolution=64, bucket_multiple=16, num_workers=0)
