@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -29,6 +30,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "nu
 
 def save_networks(folder: Path) -> None:
     torch.manual_seed(0)
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(folder / "vae")
     save_digit_network(DigitNetwork(8).eval(), folder / "extractor", 0.1)
     save_file(DigitSceneReader().state_dict(), folder / "reader.safetensors")
     state = Lpips("alex").features.state_dict()
@@ -75,11 +77,13 @@ def commands(folder: Path, output: str) -> list[tuple[str, list[str]]]:
     grid = ["--period", "32", "--patch", "8"]
     others, reader = str(folder / "others"), str(folder / "reader.safetensors")
     extractor = ["--extractor", str(folder / "extractor"), "--batch_size", "4", "--resamples", "4"]
+    vae = ["--vae", str(folder / "vae")]
     weights = ["--weights", str(folder / "alex.safetensors"), "--batch_size", "2"]
     return [
         ("score_folders", ["--generated", scenes, "--real", others, *extractor, *device, *written]),
         ("alignment", [scenes, *clip, *device, *written]),
         ("perceptual", [str(folder / "mixed"), str(folder / "blurred"), *weights, *device, *written]),
+        ("reconstruct", [others, *vae, *device, "--output", str(folder / f"{output}-images"), "--scores", written[1]]),
         ("seams", [scenes, *grid, "--offset", "0", "--offset", "16", "--real", others, *written]),
         ("long_range", [str(folder / "pairs"), *written]),
         ("digit_scenes", ["score", "--images", scenes, "--reader", reader, *written]),
@@ -99,16 +103,23 @@ def test_one_process_and_two_find_the_same_scores(tmp_path):
         check=True,
         timeout=600,
     )
-    one, two = (
-        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("one", "two")
-    )
-    assert {"fid", "clip_score", "lpips", "seams", "seams_to_real", "long_range_cramers_v", "scenes_correct"} <= {
-        record["metric"] for record in one
-    }
+    texts = [(tmp_path / f"{name}.jsonl").read_text().replace("two.jsonl", "one.jsonl") for name in ("one", "two")]
+    one, two = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    assert {
+        "fid",
+        "clip_score",
+        "lpips",
+        "psnr",
+        "seams",
+        "seams_to_real",
+        "long_range_cramers_v",
+        "scenes_correct",
+    } <= {record["metric"] for record in one}
+    written = [{path.name for path in (tmp_path / f"{name}.jsonl-images").glob("*.png")} for name in ("one", "two")]
+    assert written[0] == written[1] == {f"{index:02}.png" for index in range(COUNT)}
     for mine, theirs in zip(one, two, strict=True):
         for name in ("value", "interval"):
             assert theirs.pop(name) == pytest.approx(mine.pop(name), rel=1e-4, abs=1e-4), mine["metric"]
-        assert theirs.pop("command") == mine.pop("command").replace("one.jsonl", "two.jsonl")
         assert theirs == mine
 
 

@@ -10,6 +10,7 @@ COMMANDS = {
     "score": ("localdit.evaluation.score_folders", "FID, KID, CMMD, precision, recall, density, coverage, IS"),
     "align": ("localdit.evaluation.alignment", "how well pictures fit their prompts"),
     "lpips": ("localdit.evaluation.perceptual", "perceptual distance of pictures in pairs"),
+    "reconstruct": ("localdit.evaluation.reconstruct", "what an autoencoder keeps of pictures, and PSNR"),
     "seams": ("localdit.evaluation.seams", "gradients at the borders of windows"),
     "long-range": ("localdit.evaluation.long_range", "attributes that match across the picture"),
     "train-extractor": ("localdit.evaluation.digit_extractor", "a small extractor of handwritten digits"),

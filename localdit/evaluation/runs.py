@@ -16,7 +16,7 @@ IMAGES = "images"
 PARTS = ("extractor", "real", "generated", "generation", "versions", "settings")
 LOWER_IS_BETTER = ("fid", "kid", "cmmd", "lpips")
 HIGHER_IS_BETTER = (
-    *("precision", "recall", "density", "coverage", "inception_score", "class_accuracy"),
+    *("precision", "recall", "density", "coverage", "inception_score", "class_accuracy", "psnr"),
     *("scenes_correct", "scenes_relation", "recoloured_in_place"),
     *("long_range_readable", "long_range_matching", "long_range_cramers_v"),
 )
