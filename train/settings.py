@@ -40,6 +40,7 @@ FREE = (
 
 # settings of data, with the sources that read them
 HEARD = {
+    "path": ("imagefolder", "huggingface", "webdataset", "mnist", "fashion_mnist", "precomputed"),
     "bucket_multiple": ("imagefolder", "huggingface", "webdataset"),
     "scan": ("imagefolder", "huggingface", "webdataset"),
     "held_out": ("imagefolder", "huggingface", "webdataset", "precomputed"),
