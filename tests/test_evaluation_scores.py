@@ -1,6 +1,7 @@
 """Scores of folders of pictures: what they record, what they refuse, and what must not change them."""
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 
@@ -16,9 +17,9 @@ from localdit.evaluation.digit_extractor import DigitNetwork, save_digit_network
 from localdit.evaluation.extractors import load_extractor
 from localdit.evaluation.features import features_of_folder, features_of_images, load_features
 from localdit.evaluation.images import list_images, read_rgb
-from localdit.evaluation.records import append_scores, card_scores
+from localdit.evaluation.records import append_scores, card_scores, make_record
 from localdit.evaluation.score_folders import main
-from localdit.evaluation.scores import METRICS, score_features
+from localdit.evaluation.scores import METRICS, resampled_neighbourhoods, score_features
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,9 @@ def test_every_score_says_all_that_it_takes_to_repeat_it(folders, extractor):
         assert record["extractor"]["sha256"] == extractor.sha256
         assert record["extractor"]["dimension"] == 8
         assert "bicubic" in record["extractor"]["preprocessing"]
-        assert record["real"]["count"] == record["generated"]["count"] == 50
+        assert record["generated"]["count"] == 50
+        # the inception score sees no real picture
+        assert record["real"] == (None if record["metric"] == "inception_score" else real.pictures)
         assert record["generated"]["formats"] == ["png"]
         assert record["generated"]["size"] == [28, 28] and record["generated"]["resize"] is None
         assert record["generation"] == {"seed": 3}
@@ -114,6 +117,31 @@ def test_intervals_cover_the_score_of_more_pictures(extractor):
     assert found[0]["interval"][0] <= expected <= found[0]["interval"][1]
 
 
+def test_intervals_are_as_wide_as_scores_of_other_pictures_spread():
+    rng = np.random.default_rng(0)
+
+    def drawn():
+        return rng.normal(size=(400, 8)), 0.9 * rng.normal(size=(120, 8)) + 0.2
+
+    several = [resampled_neighbourhoods(*drawn(), resamples=0) for _ in range(60)]
+    for name, (_, halves) in resampled_neighbourhoods(*drawn(), resamples=100).items():
+        spread = np.std([found[name][0] for found in several])
+        assert spread / 2 < np.std(halves) < 2 * spread, name
+
+
+def test_intervals_of_few_pictures_are_no_nonsense(extractor):
+    pictures = np.random.default_rng(0).integers(0, 256, (40, 28, 28, 3), dtype=np.uint8)
+    whole = features_of_images(pictures, extractor)
+    six, twelve = (replace(whole, values=whole.values[:count]) for count in (6, 12))
+    # among so many sets of 6 drawn with replacement there are some of one picture alone
+    found = {record["metric"]: record["interval"] for record in score_features(whole, six, resamples=10_000)}
+    low, high = found["kid"]
+    assert -np.inf < low < high < np.inf
+    assert found["recall"] is None  # of halves of three pictures none has five neighbours
+    for record in score_features(whole, twelve, ["precision", "recall", "coverage"]):
+        assert 0 <= record["interval"][0] <= record["value"] <= record["interval"][1] <= 1
+
+
 def test_fid_of_too_few_pictures_is_refused_or_left_out(folders, extractor, caplog):
     real, generated = (features_of_folder(folders[split], extractor) for split in ("test", "train"))
     few = replace(generated, values=generated.values[:8], logits=generated.logits[:8])
@@ -133,6 +161,27 @@ def test_features_are_kept_and_read_again(folders, extractor, tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no features"):
         load_features(tmp_path / "damaged.safetensors")
+    with pytest.raises(ValueError, match="holds no features .it is no file"):
+        load_features(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda each: {"values": np.where(each.values > 0, np.nan, each.values)}, "are missing or no numbers"),
+        (lambda each: {"values": each.values[:, :5]}, r"holds \[50, 5\] values, and tells of \[50, 8\]"),
+        (lambda each: {"values": each.values[:, 0]}, r"holds \[50\] values"),
+        (lambda each: {"values": each.values[:20]}, r"holds \[20, 8\] values, and tells of \[50, 8\]"),
+        (lambda each: {"logits": each.logits[:20]}, "are missing or no numbers"),
+        (lambda each: {"extractor": {"name": "mine", "dimension": 8}}, "does not tell family, preprocessing, sha256"),
+        (lambda each: {"pictures": []}, "does not tell count, size"),
+    ],
+)
+def test_damaged_references_are_refused(folders, extractor, tmp_path, change, message):
+    features = features_of_folder(folders["test"], extractor)
+    replace(features, **change(features)).save(tmp_path / "reference.safetensors")
+    with pytest.raises(ValueError, match=f"holds no features .*{message}"):
+        load_features(tmp_path / "reference.safetensors")
 
 
 def test_features_of_different_extractors_are_not_compared(folders, extractor, tmp_path):
@@ -179,7 +228,8 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_pat
         (["--generated", "a", "--save_reference", "b"], "keeps the features of --real"),
         (["--generated", "a", "--device", "mars"], "is not available here"),
         (["--generated", "a", "--size", "100000000"], "--size: 100000000 is more than 4096; choose that or less"),
-        (["--generated", "a", "--output", "."], "is a folder; name a file in it"),
+        (["--generated", "a", "--output", "."], "give it a name that ends in .jsonl"),
+        (["--generated", "a", "--output", "tests.jsonl/a.png"], "give it a name that ends in .jsonl"),
         (["--generated", "a", "--device", "cpu", "--resamples", "1000000"], "give 0 for none, or from 2 to 10000"),
         (["--generated", "a", "--device", "cpu"], "'a' is no folder"),
     ],
@@ -194,6 +244,50 @@ def test_a_wrong_folder_is_told_before_the_other_one_is_read(folders, extractor_
     with pytest.raises(ValueError, match="none' is no folder"):
         arguments = ["--real", str(folders["test"]), "--generated", str(tmp_path / "none"), "--device", "cpu"]
         main(["--extractor", str(extractor_folder), *arguments])
+
+
+def test_what_cannot_be_scored_is_told_before_anything_is_read(
+    folders, extractor, extractor_folder, tmp_path, monkeypatch
+):
+    torch.manual_seed(1)
+    save_digit_network(DigitNetwork(8).eval(), tmp_path / "other", 0.1)
+    other = load_extractor(str(tmp_path / "other"))
+    features_of_folder(folders["test"], other).save(tmp_path / "reference.safetensors")
+    for index, path in enumerate(list_images(folders["train"])[:8]):
+        (tmp_path / "few").mkdir(exist_ok=True)
+        (tmp_path / "few" / f"{index}.png").write_bytes(path.read_bytes())
+    monkeypatch.setattr("localdit.evaluation.score_folders.features_of_folder", lambda *_: pytest.fail("it was read"))
+    given = ["--extractor", str(extractor_folder), "--generated", str(tmp_path / "few"), "--device", "cpu"]
+    with pytest.raises(ValueError, match="FID of 8 pictures in 8 features"):
+        main([*given, "--real", str(folders["test"]), "--metrics", "fid", "kid"])
+    with pytest.raises(ValueError, match="make both by one extractor"):
+        main([*given, "--reference", str(tmp_path / "reference.safetensors")])
+
+
+def test_a_command_repeats_its_score_though_its_reference_was_kept(folders, extractor_folder, tmp_path):
+    path, kept = tmp_path / "scores.jsonl", tmp_path / "reference.safetensors"
+    given = [
+        "--generated",
+        str(folders["train"]),
+        "--real",
+        str(folders["test"]),
+        "--metrics",
+        "kid",
+        "--device",
+        "cpu",
+    ]
+    given += ["--extractor", str(extractor_folder), "--resamples", "0", "--output", str(path)]
+    for keeping in (["--save_reference", str(kept)], [f"--save_reference={kept}2"]):
+        main([*keeping, *given])
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first["command"] == second["command"] == f"python -m localdit.evaluation score {shlex.join(given)}"
+    main(shlex.split(first["command"])[4:])
+    assert json.loads(path.read_text().splitlines()[-1]) == first
+
+
+def test_a_score_that_is_no_number_is_not_kept():
+    with pytest.raises(ValueError, match="kid is nan, which is no score"):
+        make_record("kid", float("nan"), None, generated={})
 
 
 def test_the_bar_goes_as_pictures_are_read(folders, extractor, monkeypatch):

@@ -89,7 +89,7 @@ class ClassJudge:
             make_record(
                 metric,
                 value,
-                within if isinstance(within, list) else interval(value, within),
+                within if isinstance(within, list) else interval(value, within, metric),
                 extractor=extractor,
                 **({"settings": {"neighbours": NEIGHBOURS}} if metric in NEIGHBOURLY else {}),
                 **told,

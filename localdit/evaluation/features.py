@@ -18,6 +18,8 @@ from localdit.evaluation.images import list_images, read_rgb, read_sized, to_ima
 from localdit.evaluation.processes import gathered, in_batches, own_part, shown
 from localdit.evaluation.records import about_pictures, in_memory
 
+EXTRACTOR = ("name", "family", "sha256", "dimension", "preprocessing")  # what a score tells of one
+
 
 @dataclass(frozen=True)
 class Features:
@@ -47,15 +49,31 @@ def load_features(path: str | Path) -> Features:
     """What `Features.save` wrote.
 
     Raises:
-        ValueError: where the file is none of these.
+        ValueError: where the file is none of these, or damaged.
     """
     try:
+        if not Path(path).is_file():
+            raise ValueError("it is no file")
         with safe_open(path, framework="np") as file:
             told = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             logits = file.get_tensor("logits") if "logits" in file.keys() else None  # noqa: SIM118, as it is no mapping
-            return Features(file.get_tensor("values"), logits, told["extractor"], told["pictures"])
+            features = Features(file.get_tensor("values"), logits, told["extractor"], told["pictures"])
+        check_whole(features)
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{str(path)!r} holds no features ({error}); make them by --save_reference.") from error
+    return features
+
+
+def check_whole(features: Features) -> None:
+    """Raise a ValueError where arrays do not fit what is told of them, or hold what is no number."""
+    if missing := {*EXTRACTOR} - {*features.extractor} | {"count", "size"} - {*features.pictures}:
+        raise ValueError(f"it does not tell {', '.join(sorted(missing))}")
+    shape = [features.pictures["count"], features.extractor["dimension"]]
+    if list(features.values.shape) != shape:
+        raise ValueError(f"it holds {list(features.values.shape)} values, and tells of {shape}")
+    arrays = [features.values] if features.logits is None else [features.values, features.logits]
+    if any(len(array) != shape[0] or array.ndim != 2 or not np.isfinite(array).all() for array in arrays):
+        raise ValueError("some of its values are missing or no numbers")
 
 
 def features_of_images(
@@ -110,5 +128,4 @@ def joined(extracted: list) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def about(extractor: FeatureExtractor) -> dict[str, Any]:
-    names = ("name", "family", "sha256", "dimension", "preprocessing")
-    return {name: getattr(extractor, name) for name in names}
+    return {name: getattr(extractor, name) for name in EXTRACTOR}

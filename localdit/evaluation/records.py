@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 import sys
 from argparse import ArgumentParser
@@ -51,7 +52,12 @@ def make_record(
         extractor: name, family, sha256, dimension and preprocessing of what looked at the pictures.
         generation: how the pictures came about, as `read_generation` finds it.
         more: such as "settings", numbers that the metric was called with, by which rows of a report differ.
+
+    Raises:
+        ValueError: where the value is no number.
     """
+    if not math.isfinite(value):
+        raise ValueError(f"{metric} is {value}, which is no score; look at the pictures, or take another extractor.")
     return {
         "metric": metric,
         "value": float(value),
@@ -112,9 +118,11 @@ def scores_file(folder: str | Path, given: str | Path | None) -> Path:
     """Where the scores of a folder of pictures go: the file that is given, or `FILE` beside the folder.
 
     Raises:
-        ValueError: where it cannot be written to.
+        ValueError: where it cannot be written to, or has the name of something else.
     """
     path = Path(given) if given else Path(folder).resolve().parent / FILE
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"--output {str(path)!r} is to hold lines of JSON; give it a name that ends in .jsonl.")
     check_target("--output", path)
     return path
 
@@ -143,7 +151,7 @@ def append_scores(path: str | Path, records: list[dict[str, Any]]) -> None:
     cut = Path(path).is_file() and not Path(path).read_bytes().endswith(b"\n")  # by a kill, or an editor
     with Path(path).open("a") as file:
         file.write("\n" if cut and Path(path).stat().st_size else "")
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
 
 
 def card_scores(path: str | Path) -> dict[str, str]:

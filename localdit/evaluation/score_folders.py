@@ -4,13 +4,13 @@ from pathlib import Path
 
 from localdit.command_line import Parser, best_device, check_device, counting_number, start_process
 from localdit.evaluation.extractors import load_extractor
-from localdit.evaluation.features import features_of_folder, load_features
+from localdit.evaluation.features import about, features_of_folder, load_features
 from localdit.evaluation.files import check_target
 from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import LARGEST, find_images
 from localdit.evaluation.limits import counting_to
 from localdit.evaluation.records import FILE, command_of, keep, scores_file
-from localdit.evaluation.scores import METRICS, check_resamples, score_features
+from localdit.evaluation.scores import METRICS, check_counts, check_extractors, check_resamples, score_features
 
 
 def parser() -> Parser:
@@ -47,10 +47,16 @@ def main(arguments: list[str]) -> None:
     if options.save_reference:
         check_target("--save_reference", options.save_reference)
     check_resamples(options.resamples)
-    for folder in filter(None, (options.real, options.generated)):
-        find_images(folder)  # before hours go into the other one
+    # what is wrong is told before hours go into features
+    counts = [len(find_images(folder)) for folder in (options.real, options.generated) if folder]
     extractor = load_extractor(options.extractor, device, options.weights)
     real = load_features(options.reference) if options.reference else None
+    if real is not None:
+        check_extractors(real.extractor, about(extractor))
+        counts.append(len(real.values))
+    if options.generated and len(counts) == 2:
+        chosen = options.metrics is not None  # what was not asked for is left out
+        check_counts(min(counts), extractor.dimension, options.metrics or METRICS, options.force or not chosen)
     if options.real:
         real = features_of_folder(options.real, extractor, options.batch_size, options.size)
     if real is not None and options.save_reference and state.is_main_process:
@@ -63,4 +69,13 @@ def main(arguments: list[str]) -> None:
         return
     generation = read_generation(options.generated)
     records = score_features(real, generated, options.metrics, generation, options.resamples, options.force)
-    keep(records, output, command_of(command_line, arguments))
+    keep(records, output, command_of(command_line, without(arguments, "--save_reference")))
+
+
+def without(arguments: list[str], option: str) -> list[str]:
+    """The arguments but for an option and its value."""
+    kept = [each for each in arguments if not each.startswith(f"{option}=")]
+    if option in kept:
+        place = kept.index(option)
+        del kept[place : place + 2]
+    return kept
