@@ -7,7 +7,6 @@ from scipy.linalg import sqrtm
 from localdit.evaluation.distances import (
     cmmd,
     cubic_kernel,
-    frechet_by_roots,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -93,12 +92,6 @@ def test_counted_rows_are_compared_as_if_they_were_there_so_often():
     once = np.ones((1, 30)), np.ones((1, 20))
     weighed = mmd(first, second, cubic_kernel, *(each[None].astype(float) for each in counts), unbiased=False)
     np.testing.assert_allclose(weighed, mmd(*repeated, cubic_kernel, *once, unbiased=False), rtol=1e-9)
-
-
-@pytest.mark.parametrize(("count", "dimension"), [(90, 7), (5, 12), (40, 1)])
-def test_the_frechet_distance_by_roots_is_that_of_torchmetrics(count, dimension):
-    real, generated = features(count + 3, dimension), 2 * features(count, dimension, shift=0.3)
-    assert frechet_by_roots(real, generated) == pytest.approx(frechet_distance(real, generated), rel=1e-3, abs=1e-4)
 
 
 def test_rounded_distances_are_distances():

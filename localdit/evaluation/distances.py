@@ -36,19 +36,6 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     return float(metric.compute())
 
 
-def frechet_by_roots(real: np.ndarray, generated: np.ndarray) -> float:
-    """The same by roots of symmetric matrices, which is several times faster: Tr (S T)^½ = Tr (S^½ T S^½)^½.
-
-    It rounds otherwise, so that it serves where a distance is computed many times over, for its spread.
-    """
-    first, second = (np.cov(values.astype(np.float64), rowvar=False) for values in (real, generated))
-    scales, axes = np.linalg.eigh(np.atleast_2d(first))
-    root = axes * np.sqrt(scales.clip(0)) @ axes.T
-    traces = np.sqrt(np.linalg.eigvalsh(root @ np.atleast_2d(second) @ root).clip(0)).sum()
-    shift = real.mean(0, dtype=np.float64) - generated.mean(0, dtype=np.float64)
-    return float(shift @ shift + np.trace(np.atleast_2d(first)) + np.trace(np.atleast_2d(second)) - 2 * traces)
-
-
 def kernel_distance(real: np.ndarray, generated: np.ndarray, subsets: int = 100, subset_size: int = 1000) -> float:
     """KID x 1000: the mean over random subsets of the unbiased MMD² of a cubic kernel (arXiv 1801.01401).
 

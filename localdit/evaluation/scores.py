@@ -10,7 +10,6 @@ from localdit.evaluation.distances import (
     NEIGHBOURS,
     cmmd,
     cubic_kernel,
-    frechet_by_roots,
     frechet_distance,
     gaussian_kernel,
     inception_score,
@@ -129,7 +128,7 @@ def repeated(rows: np.ndarray, times: np.ndarray) -> np.ndarray:
 def resampled_frechet(real: np.ndarray, generated: np.ndarray, resamples: int) -> np.ndarray:
     times = list(zip(counts(len(real), resamples, 0), counts(len(generated), resamples, 1), strict=True))
     drawn = ((repeated(real, mine), repeated(generated, theirs)) for mine, theirs in shown(times, "interval of fid"))
-    return np.array([frechet_by_roots(*pair) for pair in drawn])
+    return np.array([frechet_distance(*pair) for pair in drawn])
 
 
 def resampled_mmd(
