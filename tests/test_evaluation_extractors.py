@@ -193,3 +193,45 @@ def test_pictures_without_prompts_are_refused(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("no json")
     with pytest.raises(ValueError, match="in line 1"):
         read_pairs(tmp_path)
+
+
+def listed(file: str = "a.png", prompt: str = "a red seven") -> bytes:
+    return json.dumps({"file": file, "prompt": prompt}, ensure_ascii=False).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.txt", b" \n", "prompt of a.png in .* is empty"),
+        ("a.txt", b"caf\xe9", "a.txt' is no UTF-8 at byte 3"),
+        ("prompts.jsonl", listed(prompt=""), "prompt of a.png in .* is empty"),
+        ("prompts.jsonl", listed() + b"\n" + listed("b.png"), "Line 3 of .* names 'b.png', which is no file there"),
+        ("prompts.jsonl", listed() + listed(), "Line 2 of .* names 'a.png', which was named before"),
+        ("prompts.jsonl", listed(prompt="\xe9").replace(b"\xc3", b""), "prompts.jsonl' is no UTF-8"),
+    ],
+)
+def test_damaged_prompts_are_refused(tmp_path, file, content, message):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_pairs(tmp_path)
+
+
+def test_prompts_are_read_as_editors_leave_them(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    lines = [b"\xef\xbb\xbf", listed(prompt="two\u2028lines"), b"\n", listed("b.png", "caf\xe9")]
+    (tmp_path / "prompts.jsonl").write_bytes(b"".join(lines))
+    assert [text for _, text in read_pairs(tmp_path)] == ["two\u2028lines", "caf\xe9"]
+
+
+def test_prompts_that_are_cut_are_told_of(tmp_path, caplog):
+    save_clip(tmp_path)
+    save_tokenizer(tmp_path)
+    for name, prompt in (("a", "a red seven"), ("b", "a red seven " * 30)):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(prompt)
+    aligned = AlignmentModel(str(tmp_path))
+    record = score_alignment(tmp_path, aligned)
+    assert record["detail"] == {"prompts_cut": 1, "longest_prompt": aligned.longest}
+    assert f"1 of 2 prompts have more than {aligned.longest} tokens" in caplog.text

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from localdit import LocalDiTClassPipeline
 from localdit.command_line import PRETRAINED
@@ -87,6 +89,18 @@ def test_other_prompts_of_the_same_name_are_another_run(prompts, tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(reversed(PROMPTS)))
     with pytest.raises(ValueError, match="another run .prompts_sha256="):
         main([*QUICK, "--prompts", prompts, "--output", str(folder)])
+
+
+def test_pictures_of_other_weights_are_another_run(prompts, tmp_path):
+    model, folder = tmp_path / "model", tmp_path / "pictures"
+    shutil.copytree(PRETRAINED, model)
+    given = ["--model", str(model), *QUICK[2:], "--prompts", prompts, "--output", str(folder)]
+    main(given)
+    next(folder.glob("*.png")).unlink()
+    weights = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.05 * tensor for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="another run .weights_sha256="):
+        main(given)
 
 
 def test_a_run_that_drew_nothing_keeps_nobody_out(prompts, tmp_path, capsys):

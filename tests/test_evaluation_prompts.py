@@ -138,7 +138,7 @@ def test_a_picture_appears_under_its_name_when_it_is_whole(tmp_path, monkeypatch
     ("name", "content", "layout", "message"),
     [
         ("a.txt", "a cat\n\na dog\n", "lines", "Line 2 of '.*a.txt' is empty"),
-        ("a.txt", "", "lines", "Line 1 of '.*a.txt' is empty"),
+        ("a.txt", "", "lines", "a.txt' holds no prompt; write one a line"),
         ("a.txt", "a cat\n \t \n", "t2i-compbench", "Line 2 of"),
         ("a.txt", "a cat\n\tseen\n", "t2i-compbench", "Prompt 1 .* is empty"),
         ("a.jsonl", '{"prompt": "a cat"}\n{"prompt": \n', "lines", "Line 2 of '.*a.jsonl' is no JSON"),

@@ -205,7 +205,10 @@ def test_scores_that_are_not_comparable_are_told_in_one_line(make_run, make_page
     )
     [line] = page.warnings
     rows = "fid (inception), kid (inception)"
-    assert line == f"The {warning}, so these scores are not comparable as they stand: {rows}."
+    means = "which these scores compare, if that is what was meant"
+    if "generation" not in change:
+        means = "so these scores are not comparable as they stand"
+    assert line == f"The {warning}, {means}: {rows}."
     # the way the pictures were made is what runs are compared for; the way they were measured is not
     assert page.bold == (["10.00"] if "generation" in change else [])
 
@@ -265,6 +268,21 @@ def test_the_samples_are_the_first_24_by_name_and_small(make_run, make_page, tmp
 def test_a_few_samples_make_a_small_grid(make_run, make_page, tmp_path):
     make_page(make_run("a", score(), pictures=2))
     assert Image.open(tmp_path / "out" / "samples-a.png").size == (2 * 24 + 4, 16)
+
+
+def test_samples_come_with_their_prompts(make_run, make_page):
+    told, untold = make_run("a", score(), pictures=2), make_run("b", score(), pictures=2)
+    for number, text in enumerate(["a <red> seven", "a blue three\n"]):
+        (told / "images" / f"{number:03}.txt").write_text(text)
+    page = make_page(told, untold)
+    assert page.text.count("their prompts") == 1
+    assert "a <red> sevena blue three" in page.text
+
+
+def test_a_run_whose_pictures_are_gone_has_no_samples(make_run, make_page, tmp_path):
+    (make_run("a", score()) / "images").mkdir()
+    make_page(tmp_path / "a")
+    assert not list((tmp_path / "out").glob("samples-*.png"))
 
 
 def test_trade_offs_are_drawn_where_two_runs_tell_the_numbers(make_run, make_page, tmp_path):
@@ -387,8 +405,10 @@ def test_nothing_is_overwritten_silently(make_run, tmp_path, file):
 
 def test_an_output_that_is_a_file_is_refused(make_run, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="file' is a file; give a folder."):
-        report.main([str(make_run("a", score())), "--output", str(tmp_path / "file")])
+    run = str(make_run("a", score()))
+    for output in ("file", "file/in/it"):
+        with pytest.raises(ValueError, match="is, or lies in, what is no folder to write to"):
+            report.main([run, "--output", str(tmp_path / output)])
 
 
 def test_the_command_line_says_where_the_page_is(make_run, tmp_path, capsys):

@@ -228,8 +228,8 @@ def test_what_cannot_be_scored_is_told_in_a_sentence(folders, extractor, tmp_pat
         (["--generated", "a", "--save_reference", "b"], "keeps the features of --real"),
         (["--generated", "a", "--device", "mars"], "is not available here"),
         (["--generated", "a", "--size", "100000000"], "--size: 100000000 is more than 4096; choose that or less"),
-        (["--generated", "a", "--output", "."], "give it a name that ends in .jsonl"),
-        (["--generated", "a", "--output", "tests.jsonl/a.png"], "give it a name that ends in .jsonl"),
+        (["--generated", "a", "--output", "."], "is a folder; name a file in it"),
+        (["--generated", "a", "--output", "a.png"], "give it a name that ends in .jsonl"),
         (["--generated", "a", "--device", "cpu", "--resamples", "1000000"], "give 0 for none, or from 2 to 10000"),
         (["--generated", "a", "--device", "cpu"], "'a' is no folder"),
     ],
@@ -349,6 +349,21 @@ def test_a_missing_package_is_told_with_the_way_to_it(tmp_path, monkeypatch, cap
         run("localdit.evaluation", evaluation)
     assert "(No module named 'mlxtend'); pip install -e '.[evaluation]'.\n" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_pictures_behind_links_are_read_once(tmp_path):
+    (tmp_path / "real" / "more").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "real" / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "real" / "more" / "b.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "real").symlink_to(tmp_path / "real")
+    (tmp_path / "links" / "c.png").symlink_to(tmp_path / "real" / "a.png")
+    (tmp_path / "real" / "more" / "up").symlink_to(tmp_path / "real")  # which leads round in a circle
+    names = [str(path.relative_to(tmp_path / "links")) for path in list_images(tmp_path / "links")]
+    assert names == ["c.png", "real/a.png", "real/more/b.png"]
+    (tmp_path / "links" / "d.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(ValueError, match="d.png' is a link that leads nowhere"):
+        list_images(tmp_path / "links")
 
 
 def test_files_of_other_kinds_are_told_of(tmp_path, caplog):

@@ -251,6 +251,27 @@ def test_beside_real_pictures_favourite_places_are_no_seam(tmp_path):
     assert seamed_beside["interval"][0] > 1 and seamed["value"] > alone["value"]
 
 
+def test_real_pictures_that_say_nothing_are_told_of_as_such(tmp_path):
+    folder = write_folder(tmp_path / "images", uint8(noise(3)))
+    given = [folder, "--period", "32", "--patch", "8", "--real"]
+    with pytest.raises(ValueError, match="Of the real pictures in .*flat': No picture of 2 has a gradient"):
+        main([*given, write_folder(tmp_path / "flat", np.zeros((2, SIZE, SIZE, 3), np.uint8))])
+    with pytest.raises(ValueError, match="fewer than 2 real pictures with gradients"):
+        main([*given, write_folder(tmp_path / "one", uint8(noise(1)))])
+
+
+def test_nothing_but_seams_is_told_of(tmp_path):
+    folder = write_folder(tmp_path / "images", uint8(with_steps(np.full((2, SIZE, SIZE, 3), 100.0), 10, PERIOD)))
+    with pytest.raises(ValueError, match="All steps of 2 pictures are at window borders"):
+        main([folder, "--period", "32", "--patch", "8"])
+
+
+def test_an_offset_given_twice_is_one(tmp_path):
+    folder = write_folder(tmp_path / "images", uint8(noise(2)))
+    main([folder, "--period", "32", "--patch", "8", "--offset", "8", "--offset", "8"])
+    assert len(kept(tmp_path)) == 1
+
+
 def test_an_interval_without_a_bound_is_none_in_the_record(tmp_path):
     seams_alone = uint8(with_steps(np.full((5, SIZE, SIZE, 3), 100.0), 10, PERIOD))
     folder = write_folder(tmp_path / "images", np.concatenate([seams_alone, uint8(noise(1))]))

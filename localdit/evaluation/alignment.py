@@ -1,6 +1,7 @@
 """How well pictures fit their prompts, by a model of pictures and texts (CLIP, SigLIP, ALIGN)."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from localdit.evaluation.generation import read_generation
 from localdit.evaluation.images import list_images, read_rgb
 from localdit.evaluation.intervals import mean_interval
 from localdit.evaluation.processes import gathered, own_part, shown
+from localdit.evaluation.prompt_sets import read_text
 from localdit.evaluation.records import FILE, about_pictures, command_of, keep, make_record, scores_file
+
+logger = logging.getLogger(__name__)
 
 PROMPTS = "prompts.jsonl"  # in a folder of pictures: {"file": ..., "prompt": ...} a line
 
@@ -44,14 +48,19 @@ class AlignmentModel(TransformersExtractor):
         # SigLIP has learned from texts filled up to its full length, the others read their own length
         self.padding = "max_length" if self.family.startswith("siglip") else True
 
+        self.longest = self.model.config.text_config.max_position_embeddings  # tokens
+
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> torch.Tensor:
-        """Embeddings of prompts, [B, D]."""
-        length = self.model.config.text_config.max_position_embeddings
+        """Embeddings of prompts, [B, D], of which no more than the first `longest` tokens are read."""
         inputs = self.tokenizer(
-            prompts, padding=self.padding, truncation=True, max_length=length, return_tensors="pt"
+            prompts, padding=self.padding, truncation=True, max_length=self.longest, return_tensors="pt"
         ).to(self.device)
         return pooled(self.model.get_text_features(**inputs))
+
+    def too_long(self, prompts: list[str]) -> int:
+        """How many prompts are cut, since they have more than `longest` tokens."""
+        return sum(len(tokens) > self.longest for tokens in self.tokenizer(prompts, verbose=False).input_ids)
 
     def cosines(self, images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
         """The cosine of each picture's embedding with that of its prompt, [B] in [-1, 1]."""
@@ -66,27 +75,41 @@ def read_pairs(folder: str | Path) -> list[tuple[Path, str]]:
         ValueError: where a picture has none.
     """
     folder = Path(folder)
-    images, listed = list_images(folder), {}
-    if (folder / PROMPTS).is_file():
-        for number, line in enumerate((folder / PROMPTS).read_text().splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                if not isinstance(entry["prompt"], str):
-                    raise TypeError(f"the prompt is {entry['prompt']!r}")
-                listed[folder / entry["file"]] = entry["prompt"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f'{folder / PROMPTS} has no {{"file": ..., "prompt": ...}} in line {number} ({error}); mend it.'
-                ) from error
+    images, listed = list_images(folder), listed_prompts(folder)
     for path in images:
         if path not in listed and path.with_suffix(".txt").is_file():
-            listed[path] = path.with_suffix(".txt").read_text().strip()
+            listed[path] = read_text(path.with_suffix(".txt"))
     if bare := [path.name for path in images if path not in listed]:
         raise ValueError(
             f"There are pictures without a prompt in {str(folder)!r} ({len(bare)}, such as {shortened(bare[0], 60)}); "
             f"put a .txt beside each, or list them in {PROMPTS}."
         )
-    return [(path, listed[path]) for path in images]
+    if empty := [path.name for path in images if not listed[path].strip()]:
+        raise ValueError(f"The prompt of {empty[0]} in {str(folder)!r} is empty; say what was asked for.")
+    return [(path, listed[path].strip()) for path in images]
+
+
+def listed_prompts(folder: Path) -> dict[Path, str]:
+    """The prompts of a folder's prompts.jsonl, or {}; raises a ValueError for a damaged line, or one of no picture."""
+    file, listed = folder / PROMPTS, {}
+    lines = read_text(file).split("\n") if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            path, prompt = folder / entry["file"], entry["prompt"]
+            if not isinstance(prompt, str):
+                raise TypeError(f"the prompt is {prompt!r}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{file} has no {{"file": ..., "prompt": ...}} in line {number} ({error}); mend it.'
+            ) from error
+        if path in listed or not path.is_file():
+            what = "was named before" if path in listed else "is no file there"
+            raise ValueError(f"Line {number} of {file} names {entry['file']!r}, which {what}; mend it or take it away.")
+        listed[path] = prompt
+    return listed
 
 
 def score_alignment(folder: str | Path, model: AlignmentModel, batch_size: int = 32) -> dict[str, Any]:
@@ -101,6 +124,9 @@ def score_alignment(folder: str | Path, model: AlignmentModel, batch_size: int =
         ValueError: where a picture has no prompt or cannot be read, or the model gives no numbers.
     """
     pairs = read_pairs(folder)
+    if cut := model.too_long([text for _, text in pairs]):
+        told = "%d of %d prompts have more than %d tokens, of which %s reads no more."
+        logger.warning(told, cut, len(pairs), model.longest, model.name)
     own = own_part(pairs)
     batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
     found: list[tuple[float, tuple[int, int]]] = []
@@ -119,6 +145,7 @@ def score_alignment(folder: str | Path, model: AlignmentModel, batch_size: int =
         extractor=about(model),
         generated=about_pictures(folder, [path for path, _ in pairs], sizes),
         generation=read_generation(folder),
+        detail={"prompts_cut": cut, "longest_prompt": model.longest},
     )
 
 

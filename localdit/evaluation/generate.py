@@ -26,6 +26,7 @@ from localdit.command_line import (
     shortened,
     start_process,
 )
+from localdit.evaluation.extractors import weights_hash
 from localdit.evaluation.files import check_writable, write_whole
 from localdit.evaluation.generation import CALL, FILE, call_settings, load_settings
 from localdit.evaluation.images import SUFFIXES
@@ -138,12 +139,22 @@ def settings_of(draw: Drawer, options: Any, entries: list[Entry]) -> dict[str, A
     """How the pictures come about; what must not differ between two parts of one folder."""
     return {
         "pipeline": options.model,
+        "weights_sha256": pipeline_hash(draw.pipeline),
         **what_to_draw(options, entries),
         "seed": options.seed,
         "dtype": options.dtype,
         **call_settings(draw.pipeline, draw.chosen),
         "versions": versions(),
     }
+
+
+def pipeline_hash(pipeline: DiffusionPipeline) -> str:
+    """The sha256 of the weights of all networks of a pipeline."""
+    whole = hashlib.sha256()
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, torch.nn.Module):
+            whole.update(f"{name} {weights_hash(part)} ".encode())
+    return whole.hexdigest()
 
 
 def left_before(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Pictures of a folder, read one by one in a fixed order."""
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,21 +21,35 @@ def find_images(folder: str | Path) -> list[Path]:
     """The pictures in a folder and the folders in it, by name.
 
     Raises:
-        ValueError: where there is no folder, or no picture in it.
+        ValueError: where there is no folder, or no picture in it, or a link of a picture's name leads nowhere.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; give one with pictures.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in files_in(folder) if path.suffix.lower() in SUFFIXES)
+    if broken := [path for path in found if path.is_symlink() and not path.exists()]:
+        raise ValueError(f"{str(broken[0])!r} is a link that leads nowhere; mend it or take it away.")
     if not found:
         raise ValueError(f"{str(folder)!r} holds no picture; give a folder of {', '.join(sorted(SUFFIXES))} files.")
     return found
 
 
+def files_in(folder: Path) -> Iterator[Path]:
+    """All files in a folder and the folders in it, be they there by a link; each folder once."""
+    seen = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(here) / name for name in names)
+
+
 def list_images(folder: str | Path) -> list[Path]:
     """What `find_images` finds, with a warning of what might be pictures, too."""
     found = find_images(folder)
-    others = [path for path in Path(folder).rglob("*") if path.is_file() and path.suffix.lower() in OTHERS]
+    others = [path for path in files_in(Path(folder)) if path.suffix.lower() in OTHERS]
     if others:
         logger.warning("Files of other kinds are left out (%d, such as %s).", len(others), others[0].name)
     return found

@@ -314,7 +314,9 @@ def read_json_lines(path: Path) -> list[Entry]:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, of which none may be empty."""
-    lines = read_text(path).removesuffix("\n").split("\n")
+    if not (text := read_text(path)).strip():
+        raise ValueError(f"{str(path)!r} holds no prompt; write one a line.")
+    lines = text.removesuffix("\n").split("\n")
     if empty := [number for number, line in enumerate(lines, start=1) if not line.strip()]:
         raise ValueError(f"Line {empty[0]} of {str(path)!r} is empty; take it away, or write a prompt.")
     return lines

@@ -121,9 +121,9 @@ def scores_file(folder: str | Path, given: str | Path | None) -> Path:
         ValueError: where it cannot be written to, or has the name of something else.
     """
     path = Path(given) if given else Path(folder).resolve().parent / FILE
+    check_target("--output", path)
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"--output {str(path)!r} is to hold lines of JSON; give it a name that ends in .jsonl.")
-    check_target("--output", path)
     return path
 
 

@@ -12,7 +12,9 @@ from urllib.parse import quote
 from PIL import Image
 
 from localdit.command_line import Parser
+from localdit.evaluation.files import check_writable
 from localdit.evaluation.images import list_images, read_rgb
+from localdit.evaluation.prompt_sets import read_text
 from localdit.evaluation.records import FILE as SCORES
 from localdit.evaluation.runs import (
     IMAGES,
@@ -81,6 +83,8 @@ LEGEND = (
     "the best run of a row, where the intervals of all others lie clear of its own. Nothing is bold where an interval "
     "is missing, where it is not known which direction is better, or where the runs were not measured alike."
 )
+NOT_ALIKE = "so these scores are not comparable as they stand"
+ON_PURPOSE = "which these scores compare, if that is what was meant"
 TRADE_OFF = (
     "Bars are the intervals of the scores. Times and memory compare runs only on the same device and in the same dtype."
 )
@@ -117,11 +121,9 @@ def warnings(runs: list[Run]) -> list[str]:
                     names.setdefault(shown(value, key), []).append(run)
                 listed = "; ".join(f"{value} for {', '.join(which)}" for value, which in names.items())
                 title = f"{metric} ({extractor})" if extractor else metric
-                rows_of.setdefault(f"The {name} differs ({listed})", []).append(title)
-    return [
-        f"{what}, so these scores are not comparable as they stand: {', '.join(rows)}."
-        for what, rows in rows_of.items()
-    ]
+                means = NOT_ALIKE if name in MEASURED else ON_PURPOSE
+                rows_of.setdefault(f"The {name} differs ({listed}), {means}", []).append(title)
+    return [f"{what}: {', '.join(rows)}." for what, rows in rows_of.items()]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -262,12 +264,27 @@ def draw_trade_offs(runs: list[Run], metric: str, panels: list[tuple[str, str]])
     return buffer.getvalue()
 
 
-def figure(picture: bytes, caption: str, kind: str) -> str:
-    """A PNG as HTML that needs no file."""
+def pictures_of(run: Run) -> list[Path]:
+    """The pictures of a run, if it kept any."""
+    folder = run.folder / IMAGES
+    return list_images(folder) if folder.is_dir() and any(folder.iterdir()) else []
+
+
+def prompt_list(paths: list[Path]) -> str:
+    """The texts beside pictures, as HTML that unfolds; nothing where there are none."""
+    texts = [path.with_suffix(".txt") for path in paths]
+    if not all(text.is_file() for text in texts):
+        return ""
+    items = "".join(f"<li>{escape(read_text(text).strip())}</li>" for text in texts)
+    return f"<details><summary>their prompts</summary><ol>{items}</ol></details>"
+
+
+def figure(picture: bytes, caption: str, kind: str, more: str = "") -> str:
+    """A PNG as HTML that needs no file, with more HTML below it."""
     source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
     return (
         f'<figure><figcaption>{escape(caption)}</figcaption><img class="{kind}" src="{source}" '
-        f'alt="{escape(caption)}"></figure>'
+        f'alt="{escape(caption)}">{more}</figure>'
     )
 
 
@@ -276,12 +293,11 @@ def report(runs: list[Run]) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     samples, plots = [], []
     for run in runs:
-        if (run.folder / IMAGES).is_dir():
-            paths = list_images(run.folder / IMAGES)
+        if paths := pictures_of(run):
             name = f"samples-{quote(run.name, safe='')}.png"
             files[name] = png(sample_grid(paths[:SAMPLES]))
             caption = f"{run.name}: pictures by name, the first {min(SAMPLES, len(paths))} of {len(paths)}"
-            samples.append(figure(files[name], caption, "samples"))
+            samples.append(figure(files[name], caption, "samples", prompt_list(paths[:SAMPLES])))
     for metric in dict.fromkeys(metric for metric, _ in all_rows(runs)):
         if panels := trade_offs(runs, metric):
             name = f"tradeoff-{quote(metric, safe='')}.png"
@@ -313,8 +329,7 @@ def page(runs: list[Run], plots: list[str], samples: list[str]) -> str:
 
 def write(files: dict[str, bytes], folder: Path, overwrite: bool) -> None:
     """Write files into a folder, which is made; raises a ValueError where one is there that is not to be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {str(folder)!r} is a file; give a folder.")
+    check_writable("--output", folder)
     existing = [name for name in files if (folder / name).exists()]
     if existing and not overwrite:
         raise ValueError(f"--output {str(folder)!r} has {existing[0]!r} already; give another, or add --overwrite.")

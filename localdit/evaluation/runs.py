@@ -31,11 +31,12 @@ MEASURED = {
     "number of generated pictures": ("generated", "count"),
     "file format of the generated pictures": ("generated", "formats"),
     "filter that scaled the generated pictures": ("generated", "resize"),
+    "size of the generated pictures": ("generated", "size"),
 }
+# By what runs may be meant to differ.
 MADE = {
     "guidance scale": ("generation", "guidance_scale"),
     "number of steps": ("generation", "num_inference_steps"),
-    "size of the generated pictures": ("generated", "size"),
 }
 
 Score = dict[str, Any]

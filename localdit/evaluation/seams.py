@@ -70,6 +70,11 @@ def compare_offsets(measured: Sequence[np.ndarray], period: int, patch: int, off
     for offset, border in zip(offsets, borders, strict=True):
         found = {name: compare(part, border, others, patch) for name, part in directions.items()}
         if found["together"] is None:
+            if directions["together"][:, 0, border].any() and not directions["together"][:, 0, others].any():
+                raise ValueError(
+                    f"All steps of {len(sums)} pictures are at window borders (period={period}, offset={offset}) and "
+                    "none at the other patch borders, so that their ratio has no bound: look at the pictures."
+                )
             raise ValueError(
                 f"No picture of {len(sums)} has a gradient across window borders (period={period}, offset={offset}) "
                 f"or the other patch borders; give pictures that are larger than {period} pixels "
@@ -172,6 +177,9 @@ def against_real(
 
     Returns:
         for each offset the "ratio" and its 95% bootstrap "interval" over both sets of pictures.
+
+    Raises:
+        ValueError: for fewer pictures of either.
     """
     borders = [offset // patch for offset in offsets]
     others = [phase for phase in range(period // patch) if phase not in borders]
@@ -180,6 +188,9 @@ def against_real(
         ratios, resampled = [], []
         for seed, energy in enumerate((generated, real)):
             kinds, _ = comparable_kinds(np.stack(energy).sum(axis=1), border, others)
+            if len(kinds) < 2:
+                which = ("generated", "real")[seed]
+                raise ValueError(f"There are fewer than 2 {which} pictures with gradients to compare; give more.")
             pooled = kinds.sum(axis=0)
             ratios.append(pooled[0, 0] / pooled[0, 1] / (pooled[1, 0] / pooled[1, 1]))
             resampled.append(resampled_ratios(kinds, seed))
@@ -216,7 +227,10 @@ def score_seams(
     if real is None:
         return records
     real_energy, real_pictures = energies_of_folder(real, period, patch)
-    compare_offsets(real_energy, period, patch, offsets)  # which says what is wrong with them
+    try:
+        compare_offsets(real_energy, period, patch, offsets)  # which says what is wrong with them
+    except ValueError as error:
+        raise ValueError(f"Of the real pictures in {str(real)!r}: {error}") from error
     for each, one in zip(records[:], against_real(energy, real_energy, period, patch, offsets), strict=True):
         common = {"settings": each["settings"], "generation": generation}
         records.append(seam_record("seams_to_real", one, generated=pictures, real=real_pictures, **common))
@@ -249,8 +263,6 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     start_process("cpu")
     output = scores_file(options.folder, options.output)
-    keep(
-        score_seams(options.folder, options.period, options.patch, options.offset or (0,), options.real),
-        output,
-        command_of(parser, arguments),
-    )
+    offsets = tuple(dict.fromkeys(options.offset or (0,)))
+    records = score_seams(options.folder, options.period, options.patch, offsets, options.real)
+    keep(records, output, command_of(parser, arguments))
