@@ -13,7 +13,7 @@ COMMANDS = {
     "reconstruct": ("localdit.evaluation.reconstruct", "what an autoencoder keeps of pictures, and PSNR"),
     "seams": ("localdit.evaluation.seams", "gradients at the borders of windows"),
     "long-range": ("localdit.evaluation.long_range", "attributes that match across the picture"),
-    "digit_scenes": ("localdit.evaluation.digit_scenes", "train and use the reader of digit scenes"),
+    "digit-scenes": ("localdit.evaluation.digit_scenes", "train and use the reader of digit scenes"),
     "train-extractor": ("localdit.evaluation.digit_extractor", "a small extractor of handwritten digits"),
     "report": ("localdit.evaluation.report", "one page of several runs"),
 }
