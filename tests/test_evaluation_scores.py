@@ -50,6 +50,12 @@ def values(records: list[dict]) -> dict[str, float]:
     return {record["metric"]: record["value"] for record in records}
 
 
+def kid_arguments(folders) -> list[str]:
+    """The command line that scores one set of digits against the other by KID alone."""
+    given = {"--generated": folders["train"], "--real": folders["test"], "--metrics": "kid", "--device": "cpu"}
+    return [str(word) for pair in given.items() for word in pair]
+
+
 def test_every_score_says_all_that_it_takes_to_repeat_it(folders, extractor):
     real, generated = (features_of_folder(folders[split], extractor) for split in ("test", "train"))
     records = score_features(real, generated, generation={"seed": 3}, resamples=10)
@@ -266,16 +272,7 @@ def test_what_cannot_be_scored_is_told_before_anything_is_read(
 
 def test_a_command_repeats_its_score_though_its_reference_was_kept(folders, extractor_folder, tmp_path):
     path, kept = tmp_path / "scores.jsonl", tmp_path / "reference.safetensors"
-    given = [
-        "--generated",
-        str(folders["train"]),
-        "--real",
-        str(folders["test"]),
-        "--metrics",
-        "kid",
-        "--device",
-        "cpu",
-    ]
+    given = kid_arguments(folders)
     given += ["--extractor", str(extractor_folder), "--resamples", "0", "--output", str(path)]
     for keeping in (["--save_reference", str(kept)], [f"--save_reference={kept}2"]):
         main([*keeping, *given])
@@ -383,16 +380,7 @@ def test_a_line_without_an_end_does_not_swallow_the_next(tmp_path):
 
 def test_scores_for_a_card_come_with_interval_and_command(folders, extractor_folder, tmp_path):
     path = tmp_path / "scores.jsonl"
-    given = [
-        "--generated",
-        str(folders["train"]),
-        "--real",
-        str(folders["test"]),
-        "--metrics",
-        "kid",
-        "--device",
-        "cpu",
-    ]
+    given = kid_arguments(folders)
     for resamples in ("0", "4"):
         main([*given, "--extractor", str(extractor_folder), "--resamples", resamples, "--output", str(path)])
     record = json.loads(path.read_text().splitlines()[-1])
