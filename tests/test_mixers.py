@@ -342,12 +342,18 @@ def test_chunks_do_not_change_what_sums_give(monkeypatch, options):
         chunks_do_not_change(monkeypatch, make_attention("linear", **options), grid)
 
 
+@pytest.mark.parametrize("options", [{}, {"dilation": 2}, {"relative_position_bias": True}], ids=str)
+def test_runs_of_tiles_do_not_change_what_neighbours_give(monkeypatch, options):
+    for grid in [(24, 17), (5, 13), (1, 1)]:
+        chunks_do_not_change(monkeypatch, make_attention("sliding_window", kernel_size=3, **options), grid)
+
+
 def chunks_do_not_change(monkeypatch, attn, grid):
     for batch_size in (1, 3):
         hidden_states = torch.randn(batch_size, grid[0] * grid[1], WIDTH)
         whole = attn(hidden_states, grid)  # in training mode all tokens are taken at once
         assert chunk_tokens(hidden_states) is None
-        for tokens in (1, 16, 40, 100):
+        for tokens in (1, 16, 40, 100, 250):
             monkeypatch.setattr("localdit.mixers.chunks.CHUNK_TOKENS", tokens)
             with torch.no_grad():
                 assert chunk_tokens(hidden_states) == max(1, tokens // batch_size)

@@ -1,13 +1,15 @@
 """Sliding-window attention: every token attends to the square of tokens around it."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import nn
 
 from localdit.mixers.base import TokenMixer
+from localdit.mixers.chunks import chunk_tokens
 from localdit.mixers.sliding_window_flex import attend_by_flex
 from localdit.mixers.sliding_window_natten import attend_by_natten, check_natten, natten_takes
 from localdit.models.attention import attend
@@ -49,6 +51,12 @@ class Tiles:
     keys: torch.Tensor
     kept: torch.Tensor | None
     offsets: torch.Tensor
+
+    def runs(self, tokens: int | None) -> Iterator["Tiles"]:
+        """The same tiles, as many at a time as have `tokens` keys together, but at least one; all at once for None."""
+        count = len(self.keys) if tokens is None else max(1, tokens // self.keys.shape[1])
+        for queries, keys in zip(self.queries.split(count), self.keys.split(count), strict=True):
+            yield replace(self, queries=queries, keys=keys)
 
 
 def neighbours(position: int, length: int, kernel_size: int) -> range:
@@ -99,6 +107,12 @@ def build_tiles(
         tiles.append(Tiles(queries, keys, None if everything else kept, offsets))
     order = torch.cat([group.queries.flatten() for group in tiles])
     return tuple(tiles), order.argsort()
+
+
+def gather(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """The states [B, N, H, D] of tokens [T, n], tile by tile: [B * T, n, H, D]."""
+    # copies whole rows, and adds gradients up by rows, where indexing by [T, n] goes element by element
+    return states.index_select(1, tokens.flatten()).unflatten(1, tokens.shape).flatten(0, 1)
 
 
 @lru_cache(maxsize=64)
@@ -172,13 +186,14 @@ class SlidingWindowAttnProcessor(TokenMixer):
         cacheable = type(query) is torch.Tensor and not torch.compiler.is_compiling()
         tiles_of = cached_tiles if cacheable else build_tiles
         tiles, place = tiles_of(*grid, self.kernel_size, self.dilation, query.device)
-        mixed = [self.mix_tiles(query, key, value, group) for group in tiles]
+        tokens = chunk_tokens(query)
+        mixed = [self.mix_tiles(query, key, value, run) for group in tiles for run in group.runs(tokens)]
         return torch.cat(mixed, dim=1).index_select(1, place)
 
     def mix_tiles(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: Tiles) -> torch.Tensor:
         """Attend inside tiles of one look; returns their queries' values, [B, T * n, H, D]."""
-        query = query[:, tiles.queries].flatten(0, 1)  # [B * T, n, H, D]
-        key, value = (states[:, tiles.keys].flatten(0, 1) for states in (key, value))  # [B * T, m, H, D]
+        query = gather(query, tiles.queries)  # [B * T, n, H, D]
+        key, value = gather(key, tiles.keys), gather(value, tiles.keys)  # [B * T, m, H, D]
         mixed = attend(query, key, value, self.attention_mask(tiles, query.dtype), self)
         return mixed.unflatten(0, (-1, len(tiles.queries))).flatten(1, 2)
 

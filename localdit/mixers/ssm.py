@@ -41,16 +41,20 @@ class S4DKernel(nn.Module):
         """The answers to an impulse after 0, ..., length - 1 positions in both directions, fp32 [2, C, length]."""
         decay, rate = -self.log_decay.float().exp(), self.frequency.float()
         step = self.log_step.float().exp().unsqueeze(-1)
-        eigenvalue = torch.complex(decay, rate)
+        eigenvalue = torch.complex(decay, rate)  # [C, S]
         readout = torch.view_as_complex(self.readout.float().contiguous())
         weight = 2 * readout * (torch.exp(step * eigenvalue) - 1) / eigenvalue  # [2, C, S]
+
+        def powers(positions: torch.Tensor) -> torch.Tensor:
+            """exp(dt a l), [C, S, positions]: by size and angle, which a CPU computes in half of the time."""
+            size, angle = ((step * part).unsqueeze(-1) * positions for part in (decay, rate))
+            return torch.polar(size.exp(), angle)
 
         # exp(dt a l) with l = i * block + j is an outer product, so memory grows with the root of the length
         block = math.ceil(length**0.5)
         positions = torch.arange(block, device=step.device)
-        inner = torch.exp((step * eigenvalue).unsqueeze(-1) * positions)  # [C, S, block]
-        outer = torch.exp((step * eigenvalue).unsqueeze(-1) * (positions * block))
-        outer = (weight.unsqueeze(-1) * outer).mT  # [2, C, block, S]
+        inner = powers(positions)
+        outer = (weight.unsqueeze(-1) * powers(positions * block)).mT  # [2, C, block, S]
         # Re(x y) as one product of real matrices
         outer = torch.cat((outer.real, -outer.imag), dim=-1)
         inner = torch.cat((inner.real, inner.imag), dim=-2)
