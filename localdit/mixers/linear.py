@@ -19,6 +19,9 @@ FEATURE_MAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "softmax": lambda states: states.softmax(-1),
 }
 
+# sums are taken of a chunk by pieces: in fp32 they take more room than its projections, which want to be long
+PIECES = 4
+
 EPSILON = 1e-6  # a query that shares no feature with any key gets zeros, not a division by zero
 
 
@@ -55,16 +58,17 @@ class LinearAttnProcessor(TokenMixer):
         tokens, length = hidden_states.shape[1], chunk_tokens(hidden_states)
         if length is None or length >= tokens:
             return attn.to_output(self.mix(*attn.to_query_key_value(hidden_states), grid))
-        positions = grid_positions(*grid, device=hidden_states.device).split(length)
-        tables = [self.rotation(own) for own in positions]
-        queries, sums = [], []
-        for chunk, table in zip(hidden_states.split(length, dim=1), tables, strict=True):
-            query, key, value = attn.to_query_key_value(chunk)
-            queries.append(query)
-            sums.append(self.sums(key, value, table, tokens))
-        weight, state = (torch.stack(parts).sum(dim=0) for parts in zip(*sums, strict=True))
-        mixed = [self.read(*chunk, weight, state) for chunk in zip(queries, tables, strict=True)]
-        return torch.cat([attn.to_output(chunk) for chunk in mixed], dim=1)
+        piece = max(1, length // PIECES)
+        tables = [self.rotation(own) for own in grid_positions(*grid, device=hidden_states.device).split(piece)]
+        queries, weight, state = [], 0, 0
+        for chunk in hidden_states.split(piece * PIECES, dim=1):
+            query, key, value = (states.split(piece, dim=1) for states in attn.to_query_key_value(chunk))
+            for own in zip(key, value, tables[len(queries) :], strict=False):
+                more = self.sums(*own, tokens)
+                weight, state = weight + more[0], state + more[1]
+            queries += query
+        mixed = [self.read(*own, weight, state) for own in zip(queries, tables, strict=True)]
+        return attn.to_output(torch.cat(mixed, dim=1))
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         table = self.rotation(grid_positions(*grid, device=query.device))
