@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from localdit import LocalDiTTransformer2DModel
-from localdit.mixers.ssm import BidirectionalSSMProcessor, S4DKernel
+from localdit.mixers.ssm import BidirectionalSSMProcessor, CircularConvolution, S4DKernel
 from localdit.models.attention import LocalDiTAttention
 
 HEADS, HEAD_DIM = 2, 4
@@ -53,6 +53,15 @@ def test_the_convolution_is_the_recurrence(length):
     for mine, theirs in zip(*gradients, strict=True):
         theirs = torch.zeros_like(mine) if theirs is None else theirs
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_the_convolutions_gradients_are_those_of_its_values(length):
+    signal = torch.randn(2, 3, length, dtype=torch.float64, requires_grad=True)
+    circle = torch.randn(3, 2 * length, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(CircularConvolution.apply, (signal, circle))
+    torch.autograd.gradgradcheck(CircularConvolution.apply, (signal, circle))
+    torch.autograd.gradcheck(CircularConvolution.apply, (signal.detach(), circle))
 
 
 def test_the_layer_is_the_papers_formula():

@@ -60,7 +60,8 @@ class LinearAttnProcessor(TokenMixer):
             return attn.to_output(self.mix(*attn.to_query_key_value(hidden_states), grid))
         piece = max(1, length // PIECES)
         tables = [self.rotation(own) for own in grid_positions(*grid, device=hidden_states.device).split(piece)]
-        queries, weight, state = [], 0, 0
+        queries: list[torch.Tensor] = []
+        weight = state = torch.zeros((), device=hidden_states.device)
         for chunk in hidden_states.split(piece * PIECES, dim=1):
             query, key, value = (states.split(piece, dim=1) for states in attn.to_query_key_value(chunk))
             for own in zip(key, value, tables[len(queries) :], strict=False):

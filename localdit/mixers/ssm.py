@@ -61,6 +61,30 @@ class S4DKernel(nn.Module):
         return (outer @ inner).flatten(-2)[..., :length]
 
 
+class CircularConvolution(torch.autograd.Function):
+    """Convolve signals [B, C, L], each channel with its own circle [C, 2 L] of answers; the first L of each circle.
+
+    Torch's gradient of an FFT of real numbers takes one of complex numbers. That of a convolution is a correlation, for
+    which FFTs of real numbers do, in half of the time; and it keeps the signals, where torch keeps both spectra.
+    """
+
+    @staticmethod
+    def forward(ctx, signal: torch.Tensor, circle: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(signal, circle)
+        length = circle.shape[-1]
+        spectrum = torch.fft.rfft(signal, n=length) * torch.fft.rfft(circle)
+        return torch.fft.irfft(spectrum, n=length)[..., : signal.shape[-1]]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        signal, circle = ctx.saved_tensors
+        length = circle.shape[-1]
+        spectrum = torch.fft.rfft(gradient, n=length)
+        by_signal = torch.fft.irfft(spectrum * torch.fft.rfft(circle).conj(), n=length)[..., : signal.shape[-1]]
+        by_circle = torch.fft.irfft((spectrum * torch.fft.rfft(signal, n=length).conj()).sum(0), n=length)
+        return by_signal, by_circle
+
+
 class BidirectionalSSMProcessor(TokenMixer):
     """The gated, hourglass-shaped layer of DiffuSSM (arXiv 2311.18257), in the place of attention.
 
@@ -123,6 +147,5 @@ class BidirectionalSSMProcessor(TokenMixer):
             # position l hears l - m from the front and m - l - 1 from the back: a circle of twice the length
             circle = torch.cat((forward, backward.flip(-1)), dim=-1)  # [C, 2 L]
             signal = states.float().mT
-            spectrum = torch.fft.rfft(signal, n=2 * length) * torch.fft.rfft(circle)
-            answer = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + self.skip.float().unsqueeze(-1) * signal
+            answer = CircularConvolution.apply(signal, circle) + self.skip.float().unsqueeze(-1) * signal
         return answer.mT.to(states.dtype)
