@@ -144,8 +144,8 @@ class BidirectionalSSMProcessor(TokenMixer):
             return states
         with torch.autocast(states.device.type, enabled=False):
             forward, backward = self.kernel(length)
+            now = forward[:, :1] + self.skip.float().unsqueeze(-1)
             # position l hears l - m from the front and m - l - 1 from the back: a circle of twice the length
-            circle = torch.cat((forward, backward.flip(-1)), dim=-1)  # [C, 2 L]
-            signal = states.float().mT
-            answer = CircularConvolution.apply(signal, circle) + self.skip.float().unsqueeze(-1) * signal
+            circle = torch.cat((now, forward[:, 1:], backward.flip(-1)), dim=-1)  # [C, 2 L]
+            answer = CircularConvolution.apply(states.float().mT, circle)
         return answer.mT.to(states.dtype)
