@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config, T5EncoderModel
@@ -121,10 +122,11 @@ def test_what_would_take_too_long_is_left_out(small):
     assert list(scale.measure(makers, sizes, 0.0, torch.float32, "cpu", 1)) == [(name, 2, 1) for name in makers]
 
 
-def test_the_command_prints_both_parts(small, monkeypatch, capsys):
-    given = ["--side", "2", "3", "--batch", "1", "2", "--repeats", "1", "--pixels", "512"]
+def test_the_command_prints_both_parts_and_plots_one(small, monkeypatch, capsys, tmp_path):
+    given = ["--side", "2", "3", "--batch", "1", "2", "--repeats", "1", "--pixels", "512", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["scale", *given])
     scale.main()
+    assert Image.open(tmp_path / scale.PLOT).size == (500, 400)
     lines = capsys.readouterr().out.splitlines()
     for name in attention.mixers():
         assert sum(line.startswith(f"{name} ") for line in lines) >= 3, name

@@ -24,6 +24,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from localdit.benchmarks import plots
 from localdit.benchmarks.memory import apart, forget_peak, free_memory, gibibytes, peak_memory
 from localdit.command_line import (
     DTYPES,
@@ -235,12 +236,7 @@ def report(size: int, measured: dict[str, Measurement], settings: Settings) -> N
 
 def plot(results: dict[int, dict[str, Measurement]], folder: Path) -> Path:
     """Write `folder/pipeline.png`: where a generation's seconds go, and the peak of each part."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("The plot needs the package matplotlib; pip install matplotlib.") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    seconds, memory = figure.subplots(1, 2)
+    figure, (seconds, memory) = plots.panels(2)
     places = range(len(results))
     below = [0.0] * len(results)
     for number, part in enumerate(PARTS):
@@ -256,9 +252,7 @@ def plot(results: dict[int, dict[str, Measurement]], folder: Path) -> Path:
         panel.set_xticks(places, [str(size) for size in results])
         panel.grid(alpha=0.3, axis="y")
     memory.legend(fontsize="small")
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / PLOT, dpi=100)
-    return folder / PLOT
+    return plots.write(figure, folder / PLOT)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from localdit import LocalDiTTransformer2DModel
+from localdit.benchmarks import plots
 from localdit.benchmarks.attention import build, inputs, mixers, seconds
-from localdit.command_line import DTYPES, Parser, best_device, check_device, counting_number, run
+from localdit.command_line import DTYPES, Parser, best_device, check_device, check_folder, counting_number, run
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
 from localdit.mixers.linear import LinearAttnProcessor
@@ -37,6 +39,7 @@ MODELS: dict[str, dict] = {
     "window 8": {"token_mixers": ("window",), "mixer_options": {"window": {"window_size": 8}}},
     "full": {"token_mixers": ("full",)},
 }
+PLOT = "scale.png"
 PIXELS_PER_TOKEN = 16  # along one side: 8 of the autoencoder, 2 of the patch
 TEXT_TOKENS = 120
 
@@ -266,16 +269,23 @@ def measure(
     return results
 
 
+def growth_ratios(
+    results: dict[tuple[str, int, int], Growth], name: str, size: tuple[int, int], first: tuple[int, int]
+):
+    """Time of a token over that at the first size, round by round."""
+    growth, base = results[name, *size], results[name, *first]
+    return [
+        (mine / growth.tokens) / (other / base.tokens) for mine, other in zip(growth.seconds, base.seconds, strict=True)
+    ]
+
+
 def report(results: dict[tuple[str, int, int], Growth], first: tuple[int, int]) -> None:
     """Print the time of a token, and how it and the counted work of a token grew from the first size."""
     print(f"\nOne block: time of a token, and its growth over {first[0]} x {first[0]} tokens at batch {first[1]}")
     print("mixer                   side  batch  us a token         growth (spread)   work  GFLOP/s")
     for (name, side, batch), growth in results.items():
         base = results[name, *first]
-        ratios = [
-            (mine / growth.tokens) / (other / base.tokens)
-            for mine, other in zip(growth.seconds, base.seconds, strict=True)
-        ]
+        ratios = growth_ratios(results, name, (side, batch), first)
         work = (growth.work / growth.tokens) / (base.work / base.tokens)
         usual = median(growth.seconds)
         print(
@@ -283,6 +293,26 @@ def report(results: dict[tuple[str, int, int], Growth], first: tuple[int, int]) 
             f"x {median(ratios):5.2f} ({min(ratios):5.2f} to {max(ratios):5.2f}) {work:6.2f} "
             f"{2 * growth.work / usual / 1e9:8.1f}"
         )
+
+
+def plot(results: dict[tuple[str, int, int], Growth], first: tuple[int, int], folder: Path) -> Path:
+    """Write `folder/scale.png`: how the time of a token grows with the grid, mixer by mixer."""
+    figure, panel = plots.panels(1)
+    lines: dict[str, dict[int, float]] = {}
+    for name, side, batch in results:
+        if batch == first[1]:
+            lines.setdefault(name, {})[side] = median(growth_ratios(results, name, (side, batch), first))
+    for name, line in lines.items():
+        panel.plot(list(line), list(line.values()), marker="o", label=name)
+    panel.set(title="time of a token in one block", xlabel="tokens along a side", ylabel=f"over that at {first[0]}")
+    panel.set(xscale="log", yscale="log")
+    ticks = sorted({side for line in lines.values() for side in line})
+    panel.set_xticks(ticks, [str(side) for side in ticks])
+    panel.minorticks_off()
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
+    return plots.write(figure, folder / PLOT)
 
 
 def options_of_command_line() -> argparse.Namespace:
@@ -298,6 +328,7 @@ def options_of_command_line() -> argparse.Namespace:
     group.add_argument("--repeats", type=counting_number, default=3)
     group.add_argument("--dtype", default="float32" if best_device() == "cpu" else "bfloat16", choices=list(DTYPES))
     group.add_argument("--device", default=best_device())
+    group.add_argument("--output", type=Path, help=f"folder for the plot, {PLOT}")
     group = parser.add_argument_group("modelled")
     group.add_argument("--pixels", type=counting_number, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     group.add_argument("--steps", type=counting_number, default=20)
@@ -308,6 +339,8 @@ def options_of_command_line() -> argparse.Namespace:
     group.add_argument("--dollars_per_hour", type=float, default=3.0, help="price of the device: assumed")
     options = parser.parse_args()
     check_device(options.device, options.dtype)
+    if options.output is not None:
+        check_folder("--output", options.output)
     numbers = [options.pairs, *(options.epochs or ()), options.tflops, options.utilisation, options.dollars_per_hour]
     if not all(0 < number < math.inf for number in numbers) or options.utilisation > 1:
         raise ValueError(
@@ -328,7 +361,10 @@ def main() -> None:
         sizes = [(side, first) for side in options.side] + [(options.side[0], batch) for batch in batches]
         makers = {name: make for name, make in mixers().items() if name in options.mixers}
         dtype = DTYPES[options.dtype]
-        report(measure(makers, sizes, options.longest, dtype, options.device, options.repeats), sizes[0])
+        results = measure(makers, sizes, options.longest, dtype, options.device, options.repeats)
+        report(results, sizes[0])
+        if options.output is not None:
+            print(f"\n{plot(results, sizes[0], options.output)}")
     if "modelled" in options.part:
         device = Device(options.tflops, options.utilisation, options.dollars_per_hour)
         print(
