@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from localdit import LocalDiTTransformer2DModel
 from localdit.benchmarks import plots
-from localdit.benchmarks.attention import build, inputs, mixers, seconds
+from localdit.benchmarks.attention import build, inputs, mixers, seconds, verdict
 from localdit.command_line import DTYPES, Parser, best_device, check_device, check_folder, counting_number, run
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
@@ -39,6 +39,7 @@ MODELS: dict[str, dict] = {
     "window 8": {"token_mixers": ("window",), "mixer_options": {"window": {"window_size": 8}}},
     "full": {"token_mixers": ("full",)},
 }
+FLAT = 1.05  # a token of a local mixer, or of a linear one, is to take so much of the first size's time at most
 PLOT = "scale.png"
 PIXELS_PER_TOKEN = 16  # along one side: 8 of the autoencoder, 2 of the patch
 TEXT_TOKENS = 120
@@ -288,10 +289,11 @@ def report(results: dict[tuple[str, int, int], Growth], first: tuple[int, int]) 
         ratios = growth_ratios(results, name, (side, batch), first)
         work = (growth.work / growth.tokens) / (base.work / base.tokens)
         usual = median(growth.seconds)
+        goal = FLAT if name.startswith(("window", "sliding_window", "linear")) and batch == first[1] else None
         print(
             f"{name:22s} {side:5d} {batch:6d} {1e6 * usual / growth.tokens:11.1f}   "
             f"x {median(ratios):5.2f} ({min(ratios):5.2f} to {max(ratios):5.2f}) {work:6.2f} "
-            f"{2 * growth.work / usual / 1e9:8.1f}"
+            f"{2 * growth.work / usual / 1e9:8.1f}{verdict(median(ratios), goal)}"
         )
 
 
