@@ -11,8 +11,8 @@ HEADS, HEAD_DIM = 2, 4
 CHANNELS = HEADS * HEAD_DIM
 
 
-def make(**options) -> BidirectionalSSMProcessor:
-    return BidirectionalSSMProcessor(HEADS, HEAD_DIM, 0, None, **options)
+def make(layer: int = 0, **options) -> BidirectionalSSMProcessor:
+    return BidirectionalSSMProcessor(HEADS, HEAD_DIM, layer, None, **options)
 
 
 def make_attention(mixer, **options) -> LocalDiTAttention:
@@ -97,6 +97,25 @@ def test_a_late_token_changes_early_ones_and_an_early_token_late_ones():
         other[:, changed] += 1
         moved = (attn(other, (5, 8)) - before).abs().amax(-1)[0]
         assert (moved > 1e-6).all()
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (9, 5)])
+def test_every_other_layer_of_an_alternating_scan_reads_the_transposed_picture(grid):
+    tokens = torch.randn(2, *grid, CHANNELS)
+    for layer in range(3):
+        alternating = make_attention(make(layer, scan="alternating"))
+        rows = make_attention(make(layer))
+        rows.load_state_dict(alternating.state_dict())
+        if layer % 2:
+            expected = rows(tokens.transpose(1, 2).flatten(1, 2), grid[::-1]).unflatten(1, grid[::-1]).transpose(1, 2)
+        else:
+            expected = rows(tokens.flatten(1, 2), grid).unflatten(1, grid)
+        torch.testing.assert_close(alternating(tokens.flatten(1, 2), grid).unflatten(1, grid), expected)
+
+
+def test_an_unknown_scan_is_refused():
+    with pytest.raises(ValueError, match="scan='columns' is not known; choose among"):
+        make(scan="columns")
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (9, 5), (16, 16)])

@@ -10,7 +10,14 @@ from localdit.mixers.base import TokenMixer
 from localdit.models.attention import LocalDiTAttention
 from localdit.models.checks import check_whole
 
+SCANS = ("rows", "alternating")
+
 # B batch, N tokens, M positions per token, L = N * M positions, C width, S complex states of a channel
+
+
+def transpose(states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Tokens [B, N, C], row-major on `grid`, as those of the transposed grid."""
+    return states.unflatten(1, grid).transpose(1, 2).flatten(1, 2)
 
 
 class S4DKernel(nn.Module):
@@ -90,7 +97,7 @@ class BidirectionalSSMProcessor(TokenMixer):
 
     Each token becomes `hourglass_ratio` positions of a longer sequence; a bidirectional S4D runs along it, and the
     positions of a token are brought together again and gated by the token itself. Nothing depends on the number of
-    tokens, so any grid runs; tokens are read row by row. Time is N log N and memory linear.
+    tokens, so any grid runs. Time is N log N and memory linear.
 
     It takes its projections from the layer's attention: `to_v` is the paper's W0, `to_q` W1, `to_k` W2 and `to_out` W3;
     with `qk_norm` both factors of the gate are normalised before their activation. The rotary embedding has no place.
@@ -98,9 +105,11 @@ class BidirectionalSSMProcessor(TokenMixer):
     Args:
         state_size: real states of a channel, an even number of at least 2.
         hourglass_ratio: M, positions per token, at least 1.
+        scan: "rows" reads row by row, as the paper does; "alternating" column by column in every other layer, where
+            tokens above each other are neighbours.
 
     Raises:
-        ValueError: for a size out of range.
+        ValueError: for a size out of range, or an unknown scan.
     """
 
     slow_parameters = ("kernel.log_step", "kernel.log_decay", "kernel.frequency")
@@ -114,28 +123,35 @@ class BidirectionalSSMProcessor(TokenMixer):
         *,
         state_size: int = 64,
         hourglass_ratio: int = 2,
+        scan: str = "rows",
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
         check_whole("state_size", state_size, least=2)
         if state_size % 2:
             raise ValueError(f"state_size={state_size} must be even, since states come in conjugate pairs.")
         check_whole("hourglass_ratio", hourglass_ratio)
+        if scan not in SCANS:
+            raise ValueError(f"scan={scan!r} is not known; choose among {list(SCANS)}.")
         width = num_attention_heads * attention_head_dim
         self.hourglass_ratio = hourglass_ratio
+        self.by_columns = scan == "alternating" and layer % 2 == 1
         self.up = nn.Linear(width, hourglass_ratio * width)
         self.kernel = S4DKernel(width, state_size)
         self.skip = nn.Parameter(torch.randn(width))
         self.down = nn.Linear(hourglass_ratio * width, width)
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Mix the tokens of [B, N, C]; `grid` says nothing that their order does not."""
+        """Mix the tokens of [B, N, C], row-major on `grid`."""
+        if self.by_columns:
+            hidden_states = transpose(hidden_states, grid)
         positions = (hidden_states.shape[1] * self.hourglass_ratio, hidden_states.shape[2])
         expanded = F.gelu(self.up(F.gelu(attn.to_v(hidden_states)))).unflatten(-1, (self.hourglass_ratio, -1))
         read = self.convolve(expanded.reshape(-1, *positions))  # [B, L, C]
         read = F.gelu(self.down(read.unflatten(1, (-1, self.hourglass_ratio)).flatten(2)))  # [B, N, C]
         gate = attn.norm_q(attn.to_heads(attn.to_q(hidden_states)))
         gated = attn.norm_k(attn.to_heads(attn.to_k(read)))
-        return attn.to_output(F.gelu(gated) * F.gelu(gate))
+        mixed = attn.to_output(F.gelu(gated) * F.gelu(gate))
+        return transpose(mixed, grid[::-1]) if self.by_columns else mixed
 
     def convolve(self, states: torch.Tensor) -> torch.Tensor:
         """Run the state space model over [B, L, C] from both ends; a position counts once."""
