@@ -46,26 +46,26 @@ class S4DKernel(nn.Module):
 
     def forward(self, length: int) -> torch.Tensor:
         """The answers to an impulse after 0, ..., length - 1 positions in both directions, fp32 [2, C, length]."""
-        decay, rate = -self.log_decay.float().exp(), self.frequency.float()
         step = self.log_step.float().exp().unsqueeze(-1)
-        eigenvalue = torch.complex(decay, rate)  # [C, S]
+        eigenvalue = torch.complex(-self.log_decay.float().exp(), self.frequency.float())  # [C, S]
         readout = torch.view_as_complex(self.readout.float().contiguous())
         weight = 2 * readout * (torch.exp(step * eigenvalue) - 1) / eigenvalue  # [2, C, S]
 
-        def powers(positions: torch.Tensor) -> torch.Tensor:
-            """exp(dt a l), [C, S, positions]: by size and angle, which a CPU computes in half of the time."""
-            size, angle = ((step * part).unsqueeze(-1) * positions for part in (decay, rate))
+        def powers(exponent: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            """exp(exponent l), [C, positions, S]: by size and angle, which a CPU computes in half of the time."""
+            parts = (exponent.real, exponent.imag)
+            size, angle = (part.unsqueeze(1) * positions.unsqueeze(-1) for part in parts)
             return torch.polar(size.exp(), angle)
 
-        # exp(dt a l) with l = i * block + j is an outer product, so memory grows with the root of the length
+        # exp(dt a l) with l = i * block + j is an outer product, so memory grows with the root of the length;
+        # Re(x y) is the product of the parts of x with those of the conjugate of y
         block = math.ceil(length**0.5)
         positions = torch.arange(block, device=step.device)
-        inner = powers(positions)
-        outer = (weight.unsqueeze(-1) * powers(positions * block)).mT  # [2, C, block, S]
-        # Re(x y) as one product of real matrices
-        outer = torch.cat((outer.real, -outer.imag), dim=-1)
-        inner = torch.cat((inner.real, inner.imag), dim=-2)
-        return (outer @ inner).flatten(-2)[..., :length]
+        outer = weight.transpose(0, 1).unsqueeze(2) * powers(step * eigenvalue, positions * block).unsqueeze(1)
+        inner = powers((step * eigenvalue).conj(), positions)
+        outer, inner = (torch.view_as_real(part).flatten(-2) for part in (outer, inner))
+        answers = outer.flatten(1, 2) @ inner.mT  # [C, 2 block, block]
+        return answers.unflatten(1, (2, -1)).flatten(-2)[..., :length].transpose(0, 1)
 
 
 class CircularConvolution(torch.autograd.Function):
@@ -151,7 +151,7 @@ class BidirectionalSSMProcessor(TokenMixer):
         gate = attn.norm_q(attn.to_heads(attn.to_q(hidden_states)))
         gated = attn.norm_k(attn.to_heads(attn.to_k(read)))
         mixed = attn.to_output(F.gelu(gated) * F.gelu(gate))
-        return transpose(mixed, grid[::-1]) if self.by_columns else mixed
+        return transpose(mixed, (grid[1], grid[0])) if self.by_columns else mixed
 
     def convolve(self, states: torch.Tensor) -> torch.Tensor:
         """Run the state space model over [B, L, C] from both ends; a position counts once."""
