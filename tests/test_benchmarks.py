@@ -41,6 +41,8 @@ def test_every_goal_is_of_something_that_is_measured(part):
 def test_a_verdict_says_whether_the_goal_is_reached():
     assert attention.verdict(1.02, 1.03).endswith("goal 1.03: pass")
     assert attention.verdict(1.04, 1.03).endswith("goal 1.03: falls short")
+    assert attention.verdict(1.034, 1.03).endswith("pass")  # it is printed as 1.03
+    assert attention.verdict(1.036, 1.03).endswith("falls short")
     assert attention.verdict(9.0, None) == ""
 
 

@@ -215,10 +215,10 @@ def goal_of(part: str, name: str, side: int, dtype: str) -> float | None:
 
 
 def verdict(measured: float, goal: float | None) -> str:
-    """Whether a goal is reached."""
+    """Whether a goal is reached, by the two digits after the point that are printed."""
     if goal is None:
         return ""
-    return f"   goal {goal:.2f}: {'pass' if measured <= goal else 'falls short'}"
+    return f"   goal {goal:.2f}: {'pass' if round(measured, 2) <= goal else 'falls short'}"
 
 
 def report(part: str, side: int, dtype: str, times: dict[str, list[float]]) -> None:
