@@ -307,11 +307,11 @@ def plot(results: dict[tuple[str, int, int], Growth], first: tuple[int, int], fo
     for name, line in lines.items():
         panel.plot(list(line), list(line.values()), marker="o", label=name)
     panel.set(title="time of a token in one block", xlabel="tokens along a side", ylabel=f"over that at {first[0]}")
-    panel.set(xscale="log", yscale="log")
+    panel.set_xscale("log")
+    panel.set_ylim(bottom=0)
     ticks = sorted({side for line in lines.values() for side in line})
     panel.set_xticks(ticks, [str(side) for side in ticks])
     panel.minorticks_off()
-    panel.yaxis.set_major_formatter("{x:g}")
     panel.grid(alpha=0.3)
     panel.legend(fontsize="small")
     return plots.write(figure, folder / PLOT)
