@@ -5,7 +5,7 @@ from typing import Any
 
 
 def panels(count: int) -> tuple[Any, Any]:
-    """A matplotlib figure and so many axes beside each other, the first alone where it is one.
+    """A matplotlib figure and its axes, so many beside each other; where it is one, no array of them.
 
     Raises:
         ValueError: where matplotlib is missing.

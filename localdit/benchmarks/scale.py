@@ -272,7 +272,7 @@ def measure(
 
 def growth_ratios(
     results: dict[tuple[str, int, int], Growth], name: str, size: tuple[int, int], first: tuple[int, int]
-):
+) -> list[float]:
     """Time of a token over that at the first size, round by round."""
     growth, base = results[name, *size], results[name, *first]
     return [
