@@ -62,6 +62,9 @@ def test_the_convolutions_gradients_are_those_of_its_values(length):
     torch.autograd.gradcheck(CircularConvolution.apply, (signal, circle))
     torch.autograd.gradgradcheck(CircularConvolution.apply, (signal, circle))
     torch.autograd.gradcheck(CircularConvolution.apply, (signal.detach(), circle))
+    (expected,) = torch.autograd.grad(CircularConvolution.apply(signal, circle).square().sum(), signal)
+    found = torch.func.grad(lambda given: CircularConvolution.apply(given, circle).square().sum())(signal)
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_layer_is_the_papers_formula():

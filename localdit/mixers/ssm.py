@@ -76,11 +76,14 @@ class CircularConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, signal: torch.Tensor, circle: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(signal, circle)
+    def forward(signal: torch.Tensor, circle: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         length = circle.shape[-1]
         spectrum = torch.fft.rfft(signal, n=length) * torch.fft.rfft(circle)
         return torch.fft.irfft(spectrum, n=length)[..., : signal.shape[-1]]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
