@@ -64,7 +64,7 @@ def test_each_way_leaves_out_one_saving_and_draws_the_same(pipeline):
     for name, (batches, lengths) in changes.items():
         other, calls = generate(pipeline, benchmark.WAYS[name])
         assert (calls.batches, calls.lengths) == (batches, lengths), name
-        torch.testing.assert_close(other, drawn, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other, drawn, rtol=1e-3, atol=1e-3)
     assert generate(pipeline, benchmark.WAYS[benchmark.PLAIN])[1].lengths == [16]  # every switch is back
 
 
