@@ -52,7 +52,7 @@ class S4DKernel(nn.Module):
         weight = 2 * readout * (torch.exp(step * eigenvalue) - 1) / eigenvalue  # [2, C, S]
 
         def powers(exponent: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            """exp(exponent l), [C, positions, S]: by size and angle, which a CPU computes in half of the time."""
+            """exp(exponent l), [C, positions, S]: by size and angle, which a CPU computes faster than the power itself."""
             parts = (exponent.real, exponent.imag)
             size, angle = (part.unsqueeze(1) * positions.unsqueeze(-1) for part in parts)
             return torch.polar(size.exp(), angle)
@@ -72,7 +72,10 @@ class CircularConvolution(torch.autograd.Function):
     """Convolve signals [B, C, L], each channel with its own circle [C, 2 L] of answers; the first L of each circle.
 
     Torch's gradient of an FFT of real numbers takes one of complex numbers. That of a convolution is a correlation, for
-    which FFTs of real numbers do, in half of the time; and it keeps the signals, where torch keeps both spectra.
+    which FFTs of real numbers do; and it keeps the signals, where torch keeps both spectra.
+
+    Returns:
+        The answers [B, C, L], where signal l is heard by position m with weight circle[(m - l) mod 2 L].
     """
 
     @staticmethod
