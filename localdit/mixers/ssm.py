@@ -52,7 +52,7 @@ class S4DKernel(nn.Module):
         weight = 2 * readout * (torch.exp(step * eigenvalue) - 1) / eigenvalue  # [2, C, S]
 
         def powers(exponent: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-            """exp(exponent l), [C, positions, S]: by size and angle, which a CPU computes faster than the power itself."""
+            """exp(exponent l), [C, positions, S]: by size and angle, which a CPU computes faster."""
             parts = (exponent.real, exponent.imag)
             size, angle = (part.unsqueeze(1) * positions.unsqueeze(-1) for part in parts)
             return torch.polar(size.exp(), angle)
