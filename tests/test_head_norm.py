@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from localdit.models.attention import HeadNorm, HeadRMSNorm
+from localdit.models.head_norm import HeadNorm, HeadRMSNorm
 from localdit.models.rope import grid_positions, rotary_table, rotate
 from tests.rope_reference import THETA, reference_rope
 
@@ -51,14 +51,41 @@ def test_half_precision_is_rounded_once(dtype):
     torch.testing.assert_close(found, reference(norm, states, turns=True).to(dtype))
 
 
-def test_gradients_are_those_of_norm_and_turn():
-    norm, states = norm_with_gains(), torch.randn(2, 20, HEADS, HEAD_DIM, requires_grad=True)
-    inputs = (states, norm.weight)
-    weights = torch.arange(HEAD_DIM)
-    expected = torch.autograd.grad((reference(norm, states, turns=True) * weights).sum(), inputs)
-    found = torch.autograd.grad((norm(states, table()) * weights).sum(), inputs)
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_norm_and_turn(turns, dtype):
+    norm, wide = norm_with_gains(dtype), torch.randn(2, 20, HEADS, 2 * HEAD_DIM).to(dtype).requires_grad_()
+    sent = torch.randn(2, 20, HEAD_DIM, HEADS).mT.to(dtype)  # strided, as it comes from attention
+    inputs, states = (wide, norm.weight), wide[..., HEAD_DIM:]
+    expected = torch.autograd.grad(reference(norm, states, turns).to(dtype), inputs, sent)
+    found = torch.autograd.grad(norm(states, table() if turns else None), inputs, sent)
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
     for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one, other, **close)
+
+
+def test_gradients_of_gradients_are_those_of_norm_and_turn():
+    norm, states = norm_with_gains(), torch.randn(1, 20, HEADS, HEAD_DIM, requires_grad=True)
+    sent = torch.randn(1, 20, HEADS, HEAD_DIM, requires_grad=True)
+
+    def twice(made):
+        first = torch.autograd.grad(made, (states, norm.weight), sent, create_graph=True)
+        return torch.autograd.grad(sum(part.sin().sum() for part in first), (states, norm.weight, sent))
+
+    for one, other in zip(twice(norm(states, table())), twice(reference(norm, states, True)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("frozen", ["states", "weight"])
+def test_what_is_frozen_gets_no_gradient(frozen, second_order):
+    norm, states = norm_with_gains(), torch.randn(2, 20, HEADS, HEAD_DIM, requires_grad=True)
+    learns = {"states": norm.weight, "weight": states}[frozen]
+    {"states": states, "weight": norm.weight}[frozen].requires_grad_(False)
+    expected = torch.autograd.grad(reference(norm, states, True).sin().sum(), learns)
+    found = torch.autograd.grad(norm(states, table()).sin().sum(), learns, create_graph=second_order)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_norm_heads_are_turned_alone():

@@ -8,7 +8,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from torch import nn
 
-from localdit.models.rope import rotate
+from localdit.models.head_norm import HeadNorm, HeadRMSNorm
 
 # B batch, N image tokens, L text tokens, H heads, D head dim
 
@@ -62,34 +62,6 @@ def attend_by_matmul(
     elif attention_mask is not None:
         scores = scores + attention_mask.to(scores.dtype)
     return (scores.softmax(-1) @ value).transpose(1, 2)
-
-
-class HeadNorm(nn.Module):
-    """Makes heads [..., H, D] of queries or keys ready for attention: leaves them as they are, and turns them."""
-
-    def forward(self, states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """Turn [..., H, D] by a rotary table, cosine and sine broadcastable to [..., H, D / 2]; None turns nothing."""
-        return rotate(states, table)
-
-
-class HeadRMSNorm(nn.RMSNorm):
-    """As `HeadNorm`, after an RMSNorm over each head.
-
-    Torch's RMSNorm takes a CPU seven passes over the memory, the turn another, and in half precision both go to fp32
-    and back. Where no gradient asks for what is in between, four passes over one fp32 copy do.
-    """
-
-    def forward(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return rotate(super().forward(x), table)
-        exact = x.float()
-        square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(self.eps).rsqrt_()
-        exact = torch.mul(exact, scale, out=None if exact is x else exact)
-        exact.mul_(self.weight.float())  # factors of two dtypes take twice the time
-        if table is not None:
-            torch.view_as_complex(exact.unflatten(-1, (-1, 2))).mul_(torch.complex(*table))
-        return exact.to(x.dtype)
 
 
 class CrossAttnProcessor:
