@@ -413,6 +413,9 @@ def test_a_schedule_free_optimizer_resumes_to_the_bit_and_saves_its_average(tmp_
         ({"name": "adam"}, "optimizer.name='adam' .* makes no optimizer"),
         ({"name": "torch.optim.Nothing"}, "makes no optimizer .*Nothing"),
         ({"name": "torch.optim.SGD", "arguments": {"betas": 1}}, "makes no optimizer .*betas"),
+        ({"name": "torch.optim.SparseAdam"}, "makes no optimizer .*dense gradients"),
+        ({"name": "torch.optim.SGD", "arguments": {"lr": 1}}, "makes no optimizer .*lr"),
+        ({"name": "torch.optim.LBFGS"}, "makes no optimizer .*closure"),
         ({"name": "schedulefree.AdamWScheduleFree"}, "averages the weights by itself, .*ema_decay=0.9.* set it to 0"),
     ],
 )

@@ -1,6 +1,8 @@
 """The optimizers of a run: which parameter goes where, at which rate, and what a resumed run may change."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,12 +36,24 @@ def build_optimizers(denoiser: Denoiser, config: OptimizerConfig) -> list[torch.
     try:
         module, _, name = config.name.rpartition(".")
         kind = getattr(importlib.import_module(module), name)
-        return [kind(groups, lr=config.learning_rate, **(config.arguments or {}))]
-    except (ImportError, AttributeError, TypeError, ValueError, AssertionError) as error:
+        make = partial(kind, lr=config.learning_rate, **(config.arguments or {}))
+        rehearse(make)
+        return [make(groups)]
+    except (ImportError, AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"optimizer.name={config.name!r} with optimizer.arguments={config.arguments} makes no optimizer ({error}); "
             "give 'adamw', 'muon' or what can be imported, such as 'schedulefree.AdamWScheduleFree'."
         ) from error
+
+
+def rehearse(make: Callable[[list], torch.optim.Optimizer]) -> None:
+    """Take a step with an optimizer, which fails for some only then, as they want sparse gradients or a closure."""
+    parameter = nn.Parameter(torch.zeros(2, 2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer: Any = make([parameter])
+    if hasattr(optimizer, "train"):  # schedule-free ones have modes
+        optimizer.train()
+    optimizer.step()
 
 
 def parameter_groups(denoiser: Denoiser, config: OptimizerConfig) -> tuple[list[dict[str, Any]], list[nn.Parameter]]:
