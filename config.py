@@ -363,21 +363,27 @@ class DistillationConfig:
 class FewStepConfig:
     """Learning to draw in few steps what a teacher draws in many, guidance included.
 
-    Every step of the student is taught to end where so many of the teacher's end (progressive distillation, arXiv
-    2202.00512, with the guidance in the target, as in arXiv 2210.03142). Needs objective.process "flow" and a frozen
-    text encoder; the trained pipeline is sampled with `steps` steps and without guidance.
+    Needs objective.process "flow" and a frozen text encoder; the trained pipeline is sampled with `steps` steps and
+    without guidance.
 
     Args:
         teacher: as in `DistillationConfig`; None for none.
         steps: of the student.
         teacher_steps: of the teacher, a multiple of `steps`.
         guidance_scale: of the teacher.
+        method: "progressive" teaches every step of the student to end where so many of the teacher's end (arXiv
+            2202.00512, with the guidance in the target, as in arXiv 2210.03142). "distribution_matching" looks at where
+            all steps end, and moves those pictures to where the guided teacher finds them likelier (arXiv 2311.18828);
+            it trains a second network, and is for a student that draws already, as one of the other method does.
+        critic_updates: of that second network, in each step of "distribution_matching".
     """
 
     teacher: str | None = None
     steps: Count = 4
     teacher_steps: Count = 20
     guidance_scale: Finite = 4.5
+    method: Literal["progressive", "distribution_matching"] = "progressive"
+    critic_updates: Count = 2
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ class Example:
 
     noised: Noised
     condition: dict[str, torch.Tensor]
+    generators: list[torch.Generator]  # of the pictures, for what is drawn beyond this
 
 
 class BatchEncoder:
@@ -55,13 +56,27 @@ class BatchEncoder:
         generators = self.generators(micro_step, len(batch["name"]))
         drawn = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         dropped = drawn < self.config.objective.condition_dropout
+        noised = self.noised(batch, dropped, generators)
+        condition = {**self.condition(batch, dropped, generators), **self.sizes(noised.inputs)}
+        return Example(noised, condition, generators)
+
+    def noised(self, batch: dict, dropped: torch.Tensor, generators: list[torch.Generator]) -> Noised:
+        """The pictures of a batch with noise, or where few steps are learned, what these begin at."""
+        if self.config.few_step.method == "distribution_matching":
+            return self.objective.first_step(self.shape(batch), generators, self.accelerator.device)
         ready = "latents" in batch
         clean = to_device(batch["latents"], self.accelerator.device) if ready else self.latents(batch["image"])
         if "starts" in batch:
-            noised = self.objective.a_step(to_device(batch["starts"], clean.device), clean, generators)
-        else:
-            noised = self.objective(clean, generators, self.source(batch, clean, dropped))
-        return Example(noised, {**self.condition(batch, dropped, generators), **self.sizes(clean)})
+            return self.objective.a_step(to_device(batch["starts"], clean.device), clean, generators)
+        return self.objective(clean, generators, self.source(batch, clean, dropped))
+
+    def shape(self, batch: dict) -> tuple[int, ...]:
+        """Of what the transformer works on, (B, C, h, w)."""
+        if "latents" in batch:
+            return batch["latents"].shape
+        count, _, *sides = batch["image"].shape
+        channels = self.networks.denoiser.transformer.config.in_channels
+        return (count, channels, *(side // self.networks.vae_scale_factor for side in sides))
 
     def generators(self, micro_step: int, count: int) -> list[torch.Generator]:
         """What each picture of a micro-batch draws from, seeded by the step and the picture's place in the step.

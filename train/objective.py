@@ -109,6 +109,16 @@ class Objective:
         inputs, clean = starts[rows, places], pictures[rows, places]
         return self._noised(inputs, clean, (inputs - clean) / sigma[:, None, None, None], sigma)
 
+    def first_step(
+        self, shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device
+    ) -> Noised:
+        """Noise of a shape (B, C, H, W), where the first of few steps begins; where these end is not known here."""
+        if self.sigmas is None:
+            raise ValueError("There is noise alone only for few steps; set few_step.teacher.")
+        noise = to_device(randn_tensor(shape, generator=generators), device)
+        timestep = to_device(self.sigmas[:1], device).expand(len(noise)) * TRAIN_TIMESTEPS
+        return Noised(noise, timestep, target=torch.zeros_like(noise), weight=torch.ones_like(timestep))
+
     def _draw_sigma(self, clean: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         """The share of noise s in (0, 1) of each picture, [B]."""
         config = self.config

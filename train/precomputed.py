@@ -91,6 +91,11 @@ def holds_starts(config: TrainConfig) -> bool:
     paths = [data.path for data in sources]
     if not all(found):
         raise ValueError(f"Of {paths} some hold the starts of few steps and some do not; train on one kind at a time.")
+    if config.few_step.method != "progressive":
+        raise ValueError(
+            f"{paths} hold the starts of few steps, which few_step.method={config.few_step.method!r} has no use for; name "
+            "pictures with captions, or latents without starts."
+        )
     if config.few_step.teacher is None or config.objective.condition_dropout:
         raise ValueError(
             f"{paths} hold the starts of few steps, guided by their captions; set few_step.teacher to whose steps they "

@@ -140,6 +140,10 @@ def check_run(config: TrainConfig) -> None:
             f"few_step.teacher_steps={config.few_step.teacher_steps} is no multiple of few_step.steps="
             f"{config.few_step.steps}; let each step of the student stand for as many of the teacher's."
         )
+    if config.few_step.method == "distribution_matching" and config.few_step.teacher is None:
+        raise ValueError("few_step.method='distribution_matching' needs few_step.teacher; name a pipeline.")
+    if config.few_step.method == "distribution_matching" and config.mixed_precision == "fp16":
+        raise ValueError("mixed_precision='fp16' scales one loss, and distribution_matching has two; choose 'bf16'.")
     if config.few_step.teacher is not None and config.distillation.teacher is not None:
         raise ValueError("few_step.teacher and distillation.teacher are both set; learn from one at a time.")
     if len(config.optimizer.post_hoc_ema) == 1 or (config.optimizer.post_hoc_ema and config.lora.rank):

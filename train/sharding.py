@@ -59,6 +59,11 @@ def check_launcher(accelerator: Accelerator, config: TrainConfig) -> None:
             "optimizer.name='muon' needs whole matrices and a second optimizer, of which FSDP and DeepSpeed leave a "
             "process neither; choose 'adamw', or train/accelerate/ddp.yaml."
         )
+    if (fsdp or deepspeed) and config.few_step.method == "distribution_matching":
+        raise ValueError(
+            "few_step.method='distribution_matching' trains a second network, for which FSDP and DeepSpeed have no place "
+            "here; choose train/accelerate/ddp.yaml."
+        )
     if deepspeed and config.mixed_precision == "fp16":
         raise ValueError("mixed_precision='fp16' is not for DeepSpeed here; choose 'bf16'.")
 

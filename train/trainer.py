@@ -32,6 +32,7 @@ from train.components import Networks, build_networks, check_networks, check_sam
 from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
 from train.distillation import FeatureTeacher
 from train.encoding import BatchEncoder, Example
+from train.distribution_matching import DistributionTeacher
 from train.few_steps import FewStepTeacher
 from train.fingerprint import check_fingerprint, fingerprint
 from train.hub import BackgroundPush
@@ -144,7 +145,9 @@ class Trainer:
         if config.distillation.teacher is not None:
             return FeatureTeacher(config, self.networks, self.accelerator)
         if config.few_step.teacher is not None:
-            return FewStepTeacher(config, self.networks, self.accelerator, self.source.empty_text)
+            matches = config.few_step.method == "distribution_matching"
+            kind = DistributionTeacher if matches else FewStepTeacher
+            return kind(config, self.networks, self.accelerator, self.source.empty_text)
         return None
 
     def _find_start(self) -> Path | None:
@@ -312,6 +315,8 @@ class Trainer:
             step_if_finite(optimizer, record.finite)
             schedule.step()
             optimizer.zero_grad()
+        if isinstance(self.teacher, DistributionTeacher):
+            record.finite = record.finite & self.teacher.update_critic()
         if self.ema is not None:
             self.ema.step(self.parameters)
         if self.config.optimizer.post_hoc_ema:
