@@ -5,13 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import FewStepConfig
 from localdit import LocalDiTPipeline
-from tests.training import tiny_config
+from tests.training import matching_config, tiny_config
 from train.distribution_matching import DistributionTeacher
 from train.trainer import Trainer
-
-STEPS, GUIDANCE = 3, 2.0
 
 
 @pytest.fixture(scope="module", params=["sample", "flow_prediction"])
@@ -26,17 +23,9 @@ def teacher(tmp_path_factory, request):
 
 def student(folder, teacher, **changes):
     source, objective = teacher
-    config = tiny_config(folder, sample_every=100)
-    few_step = FewStepConfig(str(source), STEPS, 2 * STEPS, GUIDANCE, "distribution_matching")
-    config = replace(
-        config,
-        pretrained=str(source),
-        objective=replace(objective, condition_dropout=0.0),
-        text_encoder=replace(config.text_encoder, frozen=True),
-        few_step=few_step,
-        sample=replace(config.sample, num_inference_steps=STEPS, guidance_scale=1.0),
-    )
-    return replace(config, **changes)
+    config = matching_config(folder, str(source))
+    objective = replace(config.objective, prediction_type=objective.prediction_type)
+    return replace(config, **{"objective": objective, **changes})
 
 
 def batch_of(trainer, count):
@@ -46,9 +35,7 @@ def batch_of(trainer, count):
 def digest(trainer):
     """Parameters, averages and what the optimizers remember, of the student and of its critic."""
     optimizers = [*trainer.optimizers, *trainer.teacher.optimizers]
-    moments = [
-        value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()
-    ]
+    moments = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
     return [
         torch.as_tensor(value).detach().clone()
         for value in (*trainer.parameters, *trainer.ema.shadow_params, *trainer.teacher.critic.parameters(), *moments)
@@ -82,6 +69,7 @@ def test_pictures_move_along_the_difference_of_critic_and_guided_teacher(tmp_pat
     for generator, state in zip(example.generators, kept, strict=True):
         generator.set_state(state)
     condition, empty = distribution.with_states(example.condition), distribution.empty_text
+    guidance = trainer.config.few_step.guidance_scale
     assert empty is not None
     for row, generator in enumerate(example.generators):
         picture = moved["pictures"][row : row + 1].detach()
@@ -98,7 +86,7 @@ def test_pictures_move_along_the_difference_of_critic_and_guided_teacher(tmp_pat
             return said if is_picture else noised.inputs - noised.timestep.item() / 1000 * said
 
         without, said = (predicted(distribution.denoiser, text) for text in (none, own))
-        taught = without + GUIDANCE * (said - without)
+        taught = without + guidance * (said - without)
         direction = (predicted(distribution.critic, own) - taught) / (picture - taught).abs().mean()
         torch.testing.assert_close(losses[row].detach(), direction.square().mean(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(gradient[row : row + 1], 2 * direction / direction.numel(), rtol=1e-3, atol=1e-7)

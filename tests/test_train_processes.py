@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.training import tiny_config
+from tests.training import matching_config, tiny_config
 from train.trainer import Trainer
 
 WEIGHTS = Path("pipeline") / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -56,9 +55,16 @@ def test_two_processes_resume_to_the_bit_with_workers_buckets_accumulation_and_a
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2)])
 def test_two_processes_do_what_one_does_with_the_same_global_batch(two, tmp_path, batch_size, accumulation):
-    config = tiny_config(tmp_path, sample_every=100)
-    Trainer(replace(config, batch_size=batch_size, gradient_accumulation_steps=accumulation)).train()
-    mine, theirs = load_file(tmp_path / WEIGHTS), load_file(two / "together" / WEIGHTS)
-    assert mine.keys() == theirs.keys()
-    for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=2e-5, msg=name)
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    Trainer(tiny_config(tmp_path / "together", sample_every=100, **sizes)).train()
+    assert_same_weights(tmp_path / "together", two / "together")
+    # a few-step student's critic, too, is one network in all processes
+    Trainer(matching_config(tmp_path / "matched", str(two / "together" / "pipeline"), **sizes)).train()
+    assert_same_weights(tmp_path / "matched", two / "matched")
+
+
+def assert_same_weights(mine: Path, theirs: Path) -> None:
+    own, others = load_file(mine / WEIGHTS), load_file(theirs / WEIGHTS)
+    assert own.keys() == others.keys()
+    for name, tensor in own.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=2e-5, msg=name)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from config import (
     DataConfig,
+    FewStepConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -39,5 +40,18 @@ def tiny_config(folder: Path, **changes) -> TrainConfig:
         sample_every=4,
         checkpoint_every=3,
         report_to=(),
+    )
+    return replace(config, **changes)
+
+
+def matching_config(folder: Path, teacher: str, **changes) -> TrainConfig:
+    """A tiny run that learns few steps by distribution matching, from the pipeline of another tiny run."""
+    config = tiny_config(folder, pretrained=teacher, sample_every=100)
+    config = replace(
+        config,
+        few_step=FewStepConfig(teacher, 3, 6, 2.0, "distribution_matching"),
+        objective=replace(config.objective, condition_dropout=0.0, flow_shift=2.0),
+        text_encoder=replace(config.text_encoder, frozen=True),
+        sample=replace(config.sample, num_inference_steps=3, guidance_scale=1.0),
     )
     return replace(config, **changes)

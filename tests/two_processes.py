@@ -11,7 +11,7 @@ from accelerate import Accelerator, PartialState
 from torch.distributed.tensor import DTensor
 
 from config import DataConfig, TrainConfig
-from tests.training import tiny_config
+from tests.training import matching_config, tiny_config
 from train.trainer import Trainer
 
 STEPS, STOP = 6, 3
@@ -66,6 +66,7 @@ def main() -> None:
         for accumulation in (1, 2)
     ]
     Trainer(tiny_config(folder / "together", batch_size=2, sample_every=100)).train()
+    Trainer(matching_config(folder / "matched", str(folder / "together" / "pipeline"), batch_size=2)).train()
     (folder / f"results-{PartialState().process_index}.json").write_text(json.dumps(results))
 
 

@@ -76,7 +76,7 @@ class DistributionTeacher(FewStepTeacher):
     def direction(
         self, pictures: torch.Tensor, condition: dict[str, torch.Tensor], generators: list[torch.Generator]
     ) -> torch.Tensor:
-        """Where the pictures [B, C, H, W] are likelier among the student's than the teacher's, in units of its error."""
+        """Where pictures [B, C, H, W] are likelier among the student's than the teacher's, over its mean error."""
         noised = self.renoise(pictures, generators)
         sigma = noised.timestep / TRAIN_TIMESTEPS
         taught = self.guided_picture(noised.inputs, sigma, condition)

@@ -109,9 +109,7 @@ class Objective:
         inputs, clean = starts[rows, places], pictures[rows, places]
         return self._noised(inputs, clean, (inputs - clean) / sigma[:, None, None, None], sigma)
 
-    def first_step(
-        self, shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device
-    ) -> Noised:
+    def first_step(self, shape: tuple[int, ...], generators: list[torch.Generator], device: torch.device) -> Noised:
         """Noise of a shape (B, C, H, W), where the first of few steps begins; where these end is not known here."""
         if self.sigmas is None:
             raise ValueError("There is noise alone only for few steps; set few_step.teacher.")

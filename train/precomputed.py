@@ -93,8 +93,8 @@ def holds_starts(config: TrainConfig) -> bool:
         raise ValueError(f"Of {paths} some hold the starts of few steps and some do not; train on one kind at a time.")
     if config.few_step.method != "progressive":
         raise ValueError(
-            f"{paths} hold the starts of few steps, which few_step.method={config.few_step.method!r} has no use for; name "
-            "pictures with captions, or latents without starts."
+            f"{paths} hold the starts of few steps, for which few_step.method={config.few_step.method!r} has no use; "
+            "name pictures with captions, or latents without starts."
         )
     if config.few_step.teacher is None or config.objective.condition_dropout:
         raise ValueError(

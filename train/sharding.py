@@ -61,8 +61,8 @@ def check_launcher(accelerator: Accelerator, config: TrainConfig) -> None:
         )
     if (fsdp or deepspeed) and config.few_step.method == "distribution_matching":
         raise ValueError(
-            "few_step.method='distribution_matching' trains a second network, for which FSDP and DeepSpeed have no place "
-            "here; choose train/accelerate/ddp.yaml."
+            "few_step.method='distribution_matching' trains a second network, for which FSDP and DeepSpeed have no "
+            "place here; choose train/accelerate/ddp.yaml."
         )
     if deepspeed and config.mixed_precision == "fp16":
         raise ValueError("mixed_precision='fp16' is not for DeepSpeed here; choose 'bf16'.")

@@ -31,8 +31,8 @@ from train.checkpoint import (
 from train.components import Networks, build_networks, check_networks, check_samples, condition_of, model_settings
 from train.data import MicroStepSampler, build_loader, end_workers, leave_signals_to_the_trainer
 from train.distillation import FeatureTeacher
-from train.encoding import BatchEncoder, Example
 from train.distribution_matching import DistributionTeacher
+from train.encoding import BatchEncoder, Example
 from train.few_steps import FewStepTeacher
 from train.fingerprint import check_fingerprint, fingerprint
 from train.hub import BackgroundPush
