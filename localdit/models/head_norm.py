@@ -26,7 +26,7 @@ class HeadRMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: torch.Tensor, table: Table | None = None) -> torch.Tensor:
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or torch.compiler.is_compiling() or self.eps is None:
             return rotate(super().forward(x), table)
         turn = None if table is None else torch.complex(*table)
         if not torch.is_grad_enabled():
