@@ -7,6 +7,7 @@ import torch
 
 from localdit import LocalDiTPipeline
 from tests.training import matching_config, tiny_config
+from train import dry_run
 from train.distribution_matching import DistributionTeacher
 from train.trainer import Trainer
 
@@ -127,6 +128,13 @@ def test_a_resumed_run_is_equal_to_the_bit(tmp_path, teacher, accumulation):
     assert sum(map(torch.equal, at_first, digest(whole))) < len(at_first) / 4  # both networks have learned
     pipeline = LocalDiTPipeline.from_pretrained(tmp_path / "parts" / "pipeline")
     assert pipeline.scheduler.config.solver_order == 1
+
+
+def test_a_dry_run_counts_the_teacher_and_the_critic_with_gradients_and_moments(tmp_path, teacher, monkeypatch):
+    monkeypatch.setattr(dry_run, "GIB", 1)
+    trainer = Trainer(student(tmp_path, teacher))
+    count = sum(parameter.numel() for parameter in trainer.networks.denoiser.transformer.parameters())
+    assert dry_run.sizes(trainer)["memory of a teacher"].startswith(f"{4 * (1 + 4) * count:.2f} GiB")
 
 
 def test_what_does_not_fit_is_one_sentence(tmp_path, teacher):

@@ -6,10 +6,12 @@ import time
 
 import torch
 import yaml
+from torch import nn
 
 from config import TrainConfig
 from train.buckets import BucketSource
 from train.data import Source
+from train.distribution_matching import DistributionTeacher
 from train.mixture import MixedSource
 from train.settings import as_plain
 from train.sharding import held
@@ -31,23 +33,36 @@ def dry_run(config: TrainConfig) -> None:
 def sizes(trainer: Trainer) -> dict[str, str]:
     """Parameters, and what the weights, gradients, optimizer and average of them take for as long as the run lasts."""
     trained = sum(parameter.numel() for parameter in trainer.parameters)
-    modules = [trainer.denoiser, trainer.networks.vae]
-    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
-    parameters = [parameter for parameter in parameters if not parameter.is_meta]  # else it is not in memory
+    parameters = in_memory(trainer.denoiser, trainer.networks.vae)
     total = sum(parameter.numel() for parameter in parameters)
-    by_muon = sum(
-        parameter.numel()
-        for optimizer in trainer.optimizers
-        if isinstance(optimizer.optimizer, torch.optim.Muon)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
     own = sum(map(held, trainer.parameters))  # all of them, unless they are sharded
-    numbers = sum(map(held, parameters)) + own + 2 * own - by_muon + (own if trainer.ema is not None else 0)
-    return {
+    numbers = sum(map(held, parameters)) + learning(trainer.optimizers) + (own if trainer.ema is not None else 0)
+    lines = {
         "parameters": f"{total / 1e6:.2f}M, of which {trained / 1e6:.2f}M are trained",
         "memory for them": f"{4 * numbers / GIB:.2f} GiB (weights, gradients, optimizer, average)",
     }
+    if trainer.teacher is not None:
+        beside = sum(map(held, in_memory(trainer.teacher.denoiser)))
+        if isinstance(trainer.teacher, DistributionTeacher):
+            beside += sum(map(held, in_memory(trainer.teacher.critic))) + learning(trainer.teacher.optimizers)
+        lines["memory of a teacher"] = f"{4 * beside / GIB:.2f} GiB (with what learns beside it)"
+    return lines
+
+
+def in_memory(*modules: nn.Module | None) -> list[nn.Parameter]:
+    """The parameters of networks, but for those whose sizes alone are known."""
+    parameters = [parameter for module in modules if module is not None for parameter in module.parameters()]
+    return [parameter for parameter in parameters if not parameter.is_meta]
+
+
+def learning(optimizers: list) -> int:
+    """How many numbers gradients and moments are: Muon keeps one moment, others two."""
+    return sum(
+        (2 if isinstance(optimizer.optimizer, torch.optim.Muon) else 3) * held(parameter)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
 
 
 def plan(trainer: Trainer) -> dict[str, str]:
