@@ -38,6 +38,20 @@ def test_every_goal_is_of_something_that_is_measured(part):
     assert attention.goal_of(part, "linear", 32, "bfloat16") is None
 
 
+def test_a_training_step_has_the_goal_of_the_block_and_an_allowance():
+    goals = [attention.goal_of("training", name, 64, "bfloat16") for name in ("window 8", "window 16", "linear")]
+    assert goals == pytest.approx([1.08, 1.11, 1.12])  # of windows the block's goal is of the streamed one
+
+
+def test_the_identity_mixes_nothing_and_trains_all_projections():
+    layer = attention.build(attention.mixers()["identity"](), "layer")
+    tokens = torch.randn(1, 4, attention.DIM, requires_grad=True)
+    mixed = layer(tokens, (2, 2))
+    torch.testing.assert_close(mixed, layer.to_out[0](layer.to_v(tokens)))
+    mixed.sum().backward()
+    assert all(part.weight.grad.abs().sum() > 0 for part in (layer.to_q, layer.to_k, layer.to_v, layer.to_out[0]))
+
+
 def test_a_verdict_says_whether_the_goal_is_reached():
     assert attention.verdict(1.02, 1.03).endswith("goal 1.03: pass")
     assert attention.verdict(1.04, 1.03).endswith("goal 1.03: falls short")

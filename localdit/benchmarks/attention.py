@@ -61,11 +61,23 @@ STREAMED_GOALS = {128: 0.85}  # time in bf16, by the grid's side
 MEMORY_GOALS = {128: 3.2, 256: 2.0}  # in multiples of the block's input
 
 
+class ValueAlone(torch.autograd.Function):
+    """Hands the value on, and its gradient to query and key as well, so that their projections work backward, too."""
+
+    @staticmethod
+    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, gradient, gradient
+
+
 class IdentityMixer(TokenMixer):
     """No mixing: every token gets its own value. Projections stay, so this is the limit of any mixer."""
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        _, _, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        value = ValueAlone.apply(attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
         return attn.to_output(attn.to_heads(value))
 
 
@@ -209,7 +221,7 @@ def goal_of(part: str, name: str, side: int, dtype: str) -> float | None:
     if side != 64:
         return None
     if part == "training":
-        goal = goal_of("block", name, side, dtype)
+        goal = goal_of("block", name, side, dtype) or goal_of("block", f"{name}, streamed", side, dtype)
         return None if goal is None else goal + TRAINING_ALLOWANCE
     return GOALS[part].get(name, (None, None))[dtype == "bfloat16"]
 
