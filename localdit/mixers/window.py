@@ -286,10 +286,9 @@ class WindowAttnProcessor(TokenMixer):
         if not self.global_context:
             return None
         rows, columns = cells = min(self.global_context, grid[0]), min(self.global_context, grid[1])
-        # first along each row, so that the bands need not be there together
-        planes = (band.mT.unflatten(-1, (-1, grid[1])) for band in bands)  # [B, C, some rows, width]
-        across = torch.cat([F.adaptive_avg_pool2d(plane, (plane.shape[2], columns)) for plane in planes], dim=2)
-        states = F.adaptive_avg_pool2d(across, (rows, columns)).flatten(2).mT
+        # first along each row, so that the bands need not be there together: [B, some rows, columns, C]
+        across = torch.cat([average(band.unflatten(1, (-1, grid[1])), columns) for band in bands], dim=1)
+        states = average(across.flatten(2), rows).unflatten(-1, (columns, -1)).flatten(1, 2)
         scale = torch.tensor([side / count for side, count in zip(grid, cells, strict=True)], device=states.device)
         return PooledGrid(states, (grid_positions(*cells, device=states.device) + 0.5) * scale - 0.5)
 
@@ -306,6 +305,17 @@ class WindowAttnProcessor(TokenMixer):
         index = offsets[..., 0] * (2 * self.window_size - 1) + offsets[..., 1]
         bias = self.relative_position_bias_table[index].permute(2, 0, 1).to(dtype)  # [H, n, n]
         return F.pad(bias, (0, keys - len(window)))[None]
+
+
+def average(states: torch.Tensor, cells: int) -> torch.Tensor:
+    """The means over even cells of an axis, [..., length, C] to [..., cells, C]; uneven ones share what they both reach.
+
+    Torch's adaptive pooling, which wants channels first, copies a picture to turn it; a product with 0 and 1 does not.
+    """
+    length = states.shape[-2]
+    places, cell = torch.arange(length, device=states.device), torch.arange(cells, device=states.device).unsqueeze(-1)
+    inside = (places >= cell * length // cells) & (places * cells < (cell + 1) * length)  # [cells, length]
+    return inside.to(states.dtype) @ states / inside.sum(-1, keepdim=True)
 
 
 def scheduled_shift(shift_schedule: str | tuple[int, ...], layer: int, window_size: int) -> int:
