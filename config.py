@@ -369,7 +369,7 @@ class FewStepConfig:
     Args:
         teacher: as in `DistillationConfig`; None for none.
         steps: of the student.
-        teacher_steps: of the teacher, a multiple of `steps`.
+        teacher_steps: of the teacher, a multiple of `steps`; of "progressive" alone.
         guidance_scale: of the teacher.
         method: "progressive" teaches every step of the student to end where so many of the teacher's end (arXiv
             2202.00512, with the guidance in the target, as in arXiv 2210.03142). "distribution_matching" looks at where

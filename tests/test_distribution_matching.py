@@ -142,6 +142,8 @@ def test_what_does_not_fit_is_one_sentence(tmp_path, teacher):
     for changes, phrase in (
         ({"few_step": replace(config.few_step, teacher=None)}, "needs few_step.teacher"),
         ({"mixed_precision": "fp16"}, "choose 'bf16'"),
+        ({"validate_every": 2}, "learns from no picture of the data"),
+        ({"data": replace(config.data, recoloured=0.5)}, "data.recoloured=0.5 must be 0"),
     ):
         with pytest.raises(ValueError, match=phrase):
             Trainer(replace(config, **changes))

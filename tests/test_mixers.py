@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localdit.mixers import MIXERS, check_mixers
 from localdit.mixers.chunks import chunk_tokens
-from localdit.mixers.window import build_window_layout, cached_window_layout, scheduled_shift
+from localdit.mixers.window import average, build_window_layout, cached_window_layout, scheduled_shift
 from localdit.models.attention import LocalDiTAttention, attend, attend_by_matmul
 from tests.rope_reference import THETA, reference_rope
 
@@ -480,3 +480,13 @@ def test_a_memory_estimate_with_fake_tensors_leaves_no_trace():
 def test_an_empty_batch_stays_empty():
     with torch.no_grad():
         assert make_attention(window_size=3)(torch.empty(0, 12, WIDTH), (3, 4)).shape == (0, 12, WIDTH)
+
+
+@pytest.mark.parametrize(("length", "cells"), [(8, 4), (7, 3), (10, 4), (5, 5), (1, 1), (9, 2)])
+def test_averages_over_cells_are_torchs_adaptive_pooling(length, cells):
+    states = torch.randn(2, 3, length, 4, requires_grad=True)
+    expected = F.adaptive_avg_pool2d(states.mT, (4, cells)).mT
+    torch.testing.assert_close(average(states, cells), expected)
+    sent = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(made, states, sent)[0] for made in (average(states, cells), expected))
+    torch.testing.assert_close(ours, theirs)

@@ -135,17 +135,7 @@ def check_run(config: TrainConfig) -> None:
             "mixers turns the transformer of a pretrained pipeline into one with other mixers; set mixers.token_mixers "
             "and pretrained, or for a new transformer model.token_mixers."
         )
-    if config.few_step.teacher_steps % config.few_step.steps:
-        raise ValueError(
-            f"few_step.teacher_steps={config.few_step.teacher_steps} is no multiple of few_step.steps="
-            f"{config.few_step.steps}; let each step of the student stand for as many of the teacher's."
-        )
-    if config.few_step.method == "distribution_matching" and config.few_step.teacher is None:
-        raise ValueError("few_step.method='distribution_matching' needs few_step.teacher; name a pipeline.")
-    if config.few_step.method == "distribution_matching" and config.mixed_precision == "fp16":
-        raise ValueError("mixed_precision='fp16' scales one loss, and distribution_matching has two; choose 'bf16'.")
-    if config.few_step.teacher is not None and config.distillation.teacher is not None:
-        raise ValueError("few_step.teacher and distillation.teacher are both set; learn from one at a time.")
+    check_few_step(config)
     if len(config.optimizer.post_hoc_ema) == 1 or (config.optimizer.post_hoc_ema and config.lora.rank):
         raise ValueError(
             f"optimizer.post_hoc_ema={list(config.optimizer.post_hoc_ema)} needs at least two widths, and the whole "
@@ -160,6 +150,30 @@ def check_run(config: TrainConfig) -> None:
             raise ValueError("hub_repo_id pushes pipelines, not adapters; leave it out with lora.rank.")
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("mixed_precision='fp16' needs a CUDA device, and there is none here; use 'bf16' or 'no'.")
+
+
+def check_few_step(config: TrainConfig) -> None:
+    """Raise a ValueError where few steps are to be learned with settings that do not go with it."""
+    few_step = config.few_step
+    if few_step.method == "progressive" and few_step.teacher_steps % few_step.steps:
+        raise ValueError(
+            f"few_step.teacher_steps={few_step.teacher_steps} is no multiple of few_step.steps={few_step.steps}; let "
+            "each step of the student stand for as many of the teacher's."
+        )
+    if few_step.teacher is not None and config.distillation.teacher is not None:
+        raise ValueError("few_step.teacher and distillation.teacher are both set; learn from one at a time.")
+    if few_step.method != "distribution_matching":
+        return
+    if few_step.teacher is None:
+        raise ValueError("few_step.method='distribution_matching' needs few_step.teacher; name a pipeline.")
+    if config.mixed_precision == "fp16":
+        raise ValueError("mixed_precision='fp16' scales one loss, and distribution_matching has two; choose 'bf16'.")
+    if config.validate_every or config.data.recoloured:
+        raise ValueError(
+            f"few_step.method='distribution_matching' learns from no picture of the data, so that validate_every="
+            f"{config.validate_every} and data.recoloured={config.data.recoloured} must be 0; scores.every judges what "
+            "is drawn."
+        )
 
 
 def check_trackers(names: tuple[str, ...]) -> None:

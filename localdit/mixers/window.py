@@ -308,7 +308,7 @@ class WindowAttnProcessor(TokenMixer):
 
 
 def average(states: torch.Tensor, cells: int) -> torch.Tensor:
-    """The means over even cells of an axis, [..., length, C] to [..., cells, C]; uneven ones share what they both reach.
+    """The means over the cells of an axis, [..., length, C] to [..., cells, C]; uneven ones share what both reach.
 
     Torch's adaptive pooling, which wants channels first, copies a picture to turn it; a product with 0 and 1 does not.
     """
