@@ -363,8 +363,8 @@ class DistillationConfig:
 class FewStepConfig:
     """Learning to draw in few steps what a teacher draws in many, guidance included.
 
-    Needs objective.process "flow" and a frozen text encoder; the trained pipeline is sampled with `steps` steps and
-    without guidance.
+    Needs objective.process "flow" and a frozen text encoder; the trained pipeline takes `steps` steps without guidance,
+    unless `sample` says otherwise.
 
     Args:
         teacher: as in `DistillationConfig`; None for none.

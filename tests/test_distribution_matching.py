@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from config import SampleConfig
 from localdit import LocalDiTPipeline
 from tests.training import matching_config, tiny_config
 from train import dry_run
 from train.distribution_matching import DistributionTeacher
 from train.trainer import Trainer
+
+STEPS = 3  # of `matching_config`
+OTHER = {"sample": "flow_prediction", "flow_prediction": "sample"}
 
 
 @pytest.fixture(scope="module", params=["sample", "flow_prediction"])
@@ -51,7 +55,7 @@ def test_the_student_draws_what_its_pipeline_draws(tmp_path, teacher):
     example = trainer.encode(batch := batch_of(trainer, 2), 0)
     drawn = trainer.teacher.draw(trainer.model, example.noised.inputs, trainer.teacher.with_states(example.condition))
     there = pipeline(batch["caption"], latents=example.noised.inputs, output_type="latent").images
-    torch.testing.assert_close(drawn, there, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(drawn, there, rtol=1e-4, atol=1e-4)
 
 
 def test_pictures_move_along_the_difference_of_critic_and_guided_teacher(tmp_path, teacher):
@@ -137,11 +141,40 @@ def test_a_dry_run_counts_the_teacher_and_the_critic_with_gradients_and_moments(
     assert dry_run.sizes(trainer)["memory of a teacher"].startswith(f"{4 * (1 + 4) * count:.2f} GiB")
 
 
+def test_a_resumed_run_gives_the_critic_its_settings_too(tmp_path, teacher):
+    Trainer(student(tmp_path, teacher, max_steps=2, checkpoint_every=2)).train()
+    config = student(tmp_path, teacher, max_steps=4, resume="latest")
+    resumed = Trainer(replace(config, optimizer=replace(config.optimizer, learning_rate=1e-5)))
+    assert {group["initial_lr"] for group in resumed.learning[-1].param_groups} == {1e-5}
+    with pytest.raises(ValueError, match="few_step.method='progressive', but step-00000002 was written with"):
+        Trainer(replace(config, few_step=replace(config.few_step, method="progressive")))
+
+
+def test_an_optimizer_with_modes_trains_the_critic_too(tmp_path, teacher):
+    config = student(tmp_path, teacher, max_steps=2)
+    settings = {"name": "schedulefree.AdamWScheduleFree", "lr_scheduler": "constant", "ema_decay": 0.0}
+    trainer = Trainer(replace(config, optimizer=replace(config.optimizer, **settings)))
+    before = [parameter.detach().clone() for parameter in trainer.teacher.critic.parameters()]
+    trainer.train()
+    assert not all(map(torch.equal, before, trainer.teacher.critic.parameters()))
+
+
+def test_the_pipeline_takes_the_few_steps_unguided_unless_told_otherwise(tmp_path, teacher):
+    config = student(tmp_path, teacher)
+    for sample, expected in (({}, (STEPS, 1.0, 1.0)), ({"guidance_scale": 2.0}, (STEPS, 2.0, 1.0))):
+        asked = replace(config, sample=replace(SampleConfig(), prompt=config.sample.prompt, **sample))
+        defaults = Trainer(asked).networks.pipeline(asked).config.call_defaults
+        names = ("num_inference_steps", "guidance_scale", "img2img_guidance_scale")
+        assert tuple(defaults[name] for name in names) == expected
+
+
 def test_what_does_not_fit_is_one_sentence(tmp_path, teacher):
     config = student(tmp_path, teacher)
+    other = replace(config.objective, prediction_type=OTHER[config.objective.prediction_type])
     for changes, phrase in (
         ({"few_step": replace(config.few_step, teacher=None)}, "needs few_step.teacher"),
         ({"mixed_precision": "fp16"}, "choose 'bf16'"),
+        ({"objective": other}, "has learned process='flow' and prediction_type="),
         ({"validate_every": 2}, "learns from no picture of the data"),
         ({"data": replace(config.data, recoloured=0.5)}, "data.recoloured=0.5 must be 0"),
     ):

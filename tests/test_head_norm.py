@@ -92,3 +92,16 @@ def test_without_a_norm_heads_are_turned_alone():
     states = torch.randn(2, 20, HEADS, HEAD_DIM)
     assert torch.equal(HeadNorm()(states), states)
     assert torch.equal(HeadNorm()(states, table()), rotate(states, table()))
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_the_few_passes_cannot_do_torch_does(learns):
+    plain = nn.RMSNorm(HEAD_DIM, eps=1e-3)
+    for norm, states in (
+        (norm_with_gains(), torch.randn(2, 20, HEAD_DIM, HEADS).mT),  # no two channels lie side by side
+        (norm_with_gains(torch.float64), torch.randn(2, 20, HEADS, HEAD_DIM, dtype=torch.float64)),
+        (HeadRMSNorm(HEAD_DIM, eps=1e-3, elementwise_affine=False), torch.randn(2, 20, HEADS, HEAD_DIM)),
+    ):
+        plain.to(states.dtype).weight = nn.Parameter(torch.ones(HEAD_DIM) if norm.weight is None else norm.weight)
+        with torch.set_grad_enabled(learns):
+            torch.testing.assert_close(norm(states, table()), rotate(plain(states), table()))

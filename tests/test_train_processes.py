@@ -60,11 +60,11 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(two, tmp_path
     assert_same_weights(tmp_path / "together", two / "together")
     # a few-step student's critic, too, is one network in all processes
     Trainer(matching_config(tmp_path / "matched", str(two / "together" / "pipeline"), **sizes)).train()
-    assert_same_weights(tmp_path / "matched", two / "matched")
+    assert_same_weights(tmp_path / "matched", two / "matched", atol=2e-4)  # of 1e-2 that Adam has moved them
 
 
-def assert_same_weights(mine: Path, theirs: Path) -> None:
+def assert_same_weights(mine: Path, theirs: Path, atol: float = 2e-5) -> None:
     own, others = load_file(mine / WEIGHTS), load_file(theirs / WEIGHTS)
     assert own.keys() == others.keys()
     for name, tensor in own.items():
-        torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=2e-5, msg=name)
+        torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=atol, msg=name)

@@ -136,12 +136,16 @@ class Networks:
         if self.reload is not None and complete:
             vae, text_encoder = self.reload()
         sample = config.sample
+        few = config.few_step.steps if config.few_step.teacher is not None else None
+        unguided = None if few is None else 1.0
         defaults = {
             "height": sample.height,
             "width": sample.width,
-            "num_inference_steps": sample.num_inference_steps,
-            "guidance_scale": sample.guidance_scale,
-            "img2img_guidance_scale": sample.img2img_guidance_scale,
+            "num_inference_steps": few if sample.num_inference_steps is None else sample.num_inference_steps,
+            "guidance_scale": unguided if sample.guidance_scale is None else sample.guidance_scale,
+            "img2img_guidance_scale": unguided
+            if sample.img2img_guidance_scale is None
+            else sample.img2img_guidance_scale,
             "strength": sample.strength,
             "max_sequence_length": self.tokenizer.model_max_length if self.tokenizer is not None else None,
         }

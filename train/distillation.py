@@ -15,6 +15,18 @@ from localdit import LocalDiTTransformer2DModel
 from train.components import Denoiser, Networks
 from train.encoding import Example
 
+# settings of the transformer in which teacher and student have to agree: its sizes, and what it is asked with
+ALIKE = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "patch_size",
+    "num_classes",
+    "caption_channels",
+    "use_additional_conditions",
+)
+
 
 class BlockOutputs:
     """Hears what the blocks of a transformer give, where it listens."""
@@ -47,8 +59,9 @@ class Teacher:
 
     def __init__(self, source: str, config: TrainConfig, networks: Networks, accelerator: Accelerator):
         student, transformer = networks.denoiser.transformer, load_teacher(source)
-        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size"):
-            theirs, own = transformer.config[name], student.config[name]
+        for name in ALIKE:
+            # what the config leaves open, the transformer has decided
+            theirs, own = (vars(network).get(name, network.config[name]) for network in (transformer, student))
             if theirs != own:
                 raise ValueError(f"The teacher {source!r} has {name}={theirs}, and the student {own}; make them equal.")
         self.text_encoder = networks.denoiser.text_encoder

@@ -12,7 +12,7 @@ from train.components import Denoiser, Networks
 from train.distillation import load_teacher
 from train.encoding import Example
 from train.few_steps import FewStepTeacher
-from train.objective import TRAIN_TIMESTEPS, Objective, flow_sigmas
+from train.objective import TRAIN_TIMESTEPS, Objective, first_order_timesteps, flow_sigmas
 from train.optimizers import build_optimizers, build_schedules, step_if_finite
 from train.sharding import autocast
 
@@ -42,15 +42,27 @@ class DistributionTeacher(FewStepTeacher):
         self.run, self.accelerator = config, accelerator
         self.own_sigmas = flow_sigmas(config.objective, self.config.steps).to(accelerator.device)
         self.renoise = Objective(config.objective)
+        self.timesteps = first_order_timesteps(config.objective, self.config.steps).to(accelerator.device)
         critic = Denoiser(load_teacher(str(self.config.teacher)), text_encoder=None).train()
+        if config.gradient_checkpointing:
+            critic.transformer.enable_gradient_checkpointing()
         if config.compile:
             self.denoiser.transformer.compile_repeated_blocks()
             critic.transformer.compile_repeated_blocks()
-        optimizers = build_optimizers(critic, config.optimizer)
-        schedules = build_schedules(optimizers, config.optimizer, config.max_steps, accelerator.num_processes)
-        self.critic, *rest = accelerator.prepare(critic, *optimizers, *schedules)
-        self.optimizers, self.schedules = rest[: len(optimizers)], rest[len(optimizers) :]
+        self.critic: nn.Module = critic
+        self.optimizers: list[Any] = build_optimizers(critic, config.optimizer)
+        self.schedules: list[Any] = []
         self.seen: list[tuple[torch.Tensor, dict[str, torch.Tensor], list[torch.Generator]]] = []
+
+    def prepare(self) -> None:
+        """Let accelerate have the critic; after the student, whose weights then come first in checkpoints."""
+        config, accelerator, count = self.run, self.accelerator, len(self.optimizers)
+        schedules = build_schedules(self.optimizers, config.optimizer, config.max_steps, accelerator.num_processes)
+        self.critic, *rest = accelerator.prepare(self.critic, *self.optimizers, *schedules)
+        self.optimizers, self.schedules = rest[:count], rest[count:]
+        for optimizer in self.optimizers:
+            if hasattr(optimizer.optimizer, "train"):  # schedule-free ones have modes
+                optimizer.optimizer.train()
 
     def losses(self, model: nn.Module, example: Example) -> torch.Tensor:
         """What moves the student's pictures: half its gradient is the teacher's direction; [B].
@@ -67,8 +79,9 @@ class DistributionTeacher(FewStepTeacher):
     def draw(self, model: nn.Module, noise: torch.Tensor, condition: dict[str, torch.Tensor]) -> torch.Tensor:
         """The pictures [B, C, H, W] that the student's steps lead to from noise."""
         states = noise.float()
-        for here, there in pairwise(self.own_sigmas):
-            picture = self.picture(model, states, here.expand(len(states)), condition)
+        for (here, there), timestep in zip(pairwise(self.own_sigmas), self.timesteps, strict=True):
+            told = here.expand(len(states)), condition, timestep.expand(len(states))
+            picture = self.picture(model, states, *told)
             states = there / here * states + (1 - there / here) * picture
         return states
 

@@ -2,16 +2,31 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from config import TrainConfig
+from config import ObjectiveConfig, TrainConfig
 from train.components import Networks
 from train.distillation import Teacher
 from train.encoding import Example
 from train.objective import TRAIN_TIMESTEPS, flow_sigmas, sampler_of_pictures
+
+
+def check_prediction(source: str, objective: ObjectiveConfig) -> None:
+    """Raise a ValueError where the pipeline of a teacher says that it predicts something else than the objective."""
+    settings: Any = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler")  # of any kind
+    is_euler = settings["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+    process = "flow" if is_euler or settings.get("use_flow_sigmas") else "diffusion"
+    predicted = settings.get("prediction_type", "flow_prediction")
+    if (process, predicted) != (objective.process, objective.prediction_type):
+        raise ValueError(
+            f"The teacher {source!r} has learned process={process!r} and prediction_type={predicted!r}, and objective "
+            f"says {objective.process!r} and {objective.prediction_type!r}; few steps need the teacher's, and 'flow'."
+        )
 
 
 class FewStepTeacher(Teacher):
@@ -33,6 +48,7 @@ class FewStepTeacher(Teacher):
         self.config, self.objective = config.few_step, config.objective
         super().__init__(str(self.config.teacher), config, networks, accelerator)
         self.sigmas = flow_sigmas(config.objective, self.config.teacher_steps).to(accelerator.device)
+        check_prediction(str(self.config.teacher), config.objective)
         self.null_class = networks.denoiser.transformer.config.num_classes
         self.empty_text = empty_text
         if self.text_encoder is not None and networks.tokenizer is not None:
@@ -100,10 +116,15 @@ class FewStepTeacher(Teacher):
         return unconditional + self.config.guidance_scale * (conditional - unconditional)
 
     def picture(
-        self, model: nn.Module, states: torch.Tensor, sigma: torch.Tensor, condition: dict[str, torch.Tensor]
+        self,
+        model: nn.Module,
+        states: torch.Tensor,
+        sigma: torch.Tensor,
+        condition: dict[str, torch.Tensor],
+        timestep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The clean picture that a model predicts, where `sigma` [B] of the states is noise."""
-        said = model(states, sigma * TRAIN_TIMESTEPS, **condition).float()
+        """The clean picture that a model predicts of states with noise of `sigma` [B], told it as `timestep` [B]."""
+        said = model(states, sigma * TRAIN_TIMESTEPS if timestep is None else timestep, **condition).float()
         return said if self.objective.prediction_type == "sample" else states - sigma[:, None, None, None] * said
 
     def pairs(self, condition: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:

@@ -188,6 +188,13 @@ def flow_sigmas(config: ObjectiveConfig, steps: int) -> torch.Tensor:
     return scheduler.sigmas.float()
 
 
+def first_order_timesteps(config: ObjectiveConfig, steps: int) -> torch.Tensor:
+    """What that sampler tells a network of these shares of noise, in whole numbers, [steps]."""
+    scheduler: Any = sampling_scheduler(config, first_order=True)
+    scheduler.set_timesteps(steps)
+    return scheduler.timesteps.float()
+
+
 def sampler_of_pictures(config: ObjectiveConfig, steps: int, first: int = 0) -> DPMSolverMultistepScheduler:
     """The second-order sampler over `flow_sigmas`, about to take its step number `first`, told predicted pictures."""
     settings = sampling_scheduler(config, first_order=True).config

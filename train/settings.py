@@ -266,7 +266,7 @@ def _decides_shapes(name: str, was: Any, now: Any) -> bool:
     """Whether a setting that changed changes what a checkpoint holds; paths may be spelt anew."""
     if name in ("vae", "pretrained", "text_encoder.pretrained"):
         return (was is None) != (now is None)
-    if name == "optimizer.post_hoc_ema":
+    if name in ("optimizer.post_hoc_ema", "few_step.method"):
         return True
     if name == "optimizer.ema_decay":
         return (was == 0) != (now == 0)

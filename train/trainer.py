@@ -103,6 +103,11 @@ class Trainer:
         self.model, self.optimizers, self.schedules = prepare(
             self.accelerator, config, self.denoiser, optimizers, schedules
         )
+        self.learning, self.scheduled = [*self.optimizers], [*self.schedules]  # with what learns beside the model
+        if isinstance(self.teacher, DistributionTeacher):
+            self.teacher.prepare()
+            self.learning += self.teacher.optimizers
+            self.scheduled += self.teacher.schedules
         self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self.parameters, decay=config.optimizer.ema_decay) if config.optimizer.ema_decay else None
         if self.ema is not None:
@@ -161,9 +166,9 @@ class Trainer:
 
     def _resume(self, checkpoint: Path) -> dict[str, Any]:
         """Restore a checkpoint, under this run's settings rather than the checkpoint's; returns its state."""
-        own = own_settings(self.optimizers)
+        own = own_settings(self.learning)
         state = load_checkpoint(self.accelerator, checkpoint)
-        restore_settings(self.optimizers, self.schedules, own)
+        restore_settings(self.learning, self.scheduled, own)
         if self.ema is not None:
             self.ema.decay = self.config.optimizer.ema_decay
         return state
