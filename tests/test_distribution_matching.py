@@ -1,5 +1,6 @@
 """Few steps whose pictures are moved to where a guided teacher finds them likelier."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -112,7 +113,8 @@ def test_the_critic_learns_the_objective_on_the_students_pictures(tmp_path, teac
     at_first = error()
     for step in range(20):
         distribution.seen = [(pictures, condition, trainer.encode.generators(step, 4))]
-        assert bool(distribution.update_critic())
+        finite, loss = distribution.update_critic()
+        assert bool(finite) and loss < 2 * at_first
     assert error() < 0.9 * at_first  # of flow most is noise, which no one can tell
     assert not distribution.seen
     assert all(map(torch.equal, before, distribution.denoiser.parameters()))  # the teacher stays what it is
@@ -129,6 +131,8 @@ def test_a_resumed_run_is_equal_to_the_bit(tmp_path, teacher, accumulation):
     assert resumed.state["step"] == 2
     resumed.train()
     assert all(map(torch.equal, digest(whole), digest(resumed)))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert all(0 < line["critic_loss"] < 10 for line in lines if "loss" in line)
     assert sum(map(torch.equal, at_first, digest(whole))) < len(at_first) / 4  # both networks have learned
     pipeline = LocalDiTPipeline.from_pretrained(tmp_path / "parts" / "pipeline")
     assert pipeline.scheduler.config.solver_order == 1

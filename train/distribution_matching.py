@@ -97,15 +97,22 @@ class DistributionTeacher(FewStepTeacher):
         error = (pictures - taught).abs().mean(dim=(1, 2, 3), keepdim=True)
         return (drawn - taught) / error.clamp(min=LEAST_ERROR)
 
-    def update_critic(self) -> torch.Tensor:
-        """Let the critic learn on the pictures drawn since the last time; whether its gradients were numbers."""
+    def update_critic(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let the critic learn on the pictures drawn since the last time.
+
+        Returns:
+            Whether its gradients were numbers, and its mean loss before the last of its updates.
+        """
         finite = torch.tensor(True, device=self.accelerator.device)
+        mean = torch.zeros((), device=self.accelerator.device)
         for _ in range(self.config.critic_updates):
+            mean.zero_()
             for pictures, condition, generators in self.seen:
                 noised = self.renoise(pictures, generators)
                 with autocast(self.accelerator, self.run):
                     losses = noised.losses(self.critic(noised.inputs, noised.timestep, **condition))
                 self.accelerator.backward(losses.mean())
+                mean += losses.detach().mean() / len(self.seen)
             norm: Any = self.accelerator.clip_grad_norm_(self.critic.parameters(), self.run.optimizer.max_grad_norm)
             finite &= torch.isfinite(norm)
             for optimizer in self.optimizers:
@@ -114,4 +121,4 @@ class DistributionTeacher(FewStepTeacher):
         for schedule in self.schedules:
             schedule.step()
         self.seen = []
-        return finite
+        return finite, mean

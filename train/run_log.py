@@ -33,6 +33,7 @@ class StepRecord:
         unreadable: which pictures could not be read, and why.
         grad_norm: before it was clipped.
         finite: whether the weights were updated, which they are not where a loss or gradient is no number.
+        critic_loss: of what learns beside the model, if anything does.
     """
 
     losses: list[torch.Tensor] = field(default_factory=list)
@@ -41,6 +42,7 @@ class StepRecord:
     unreadable: list[str] = field(default_factory=list)
     grad_norm: torch.Tensor = torch.tensor(0.0)
     finite: torch.Tensor = torch.tensor(True)
+    critic_loss: torch.Tensor | None = None
 
 
 class RunLog:
@@ -83,6 +85,9 @@ class RunLog:
             "images_per_second": self._pictures(records) / seconds,
             "shares_of_time": self._shares_of_time(seconds),
         }
+        if critic := [record.critic_loss for record in records if record.critic_loss is not None]:
+            loss = self.accelerator.reduce(torch.stack(critic).mean(), "mean")
+            values["critic_loss"] = float(loss) if torch.isfinite(loss) else None  # pyright: ignore[reportArgumentType]
         if self.accelerator.device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if not finite.all():

@@ -321,7 +321,8 @@ class Trainer:
             schedule.step()
             optimizer.zero_grad()
         if isinstance(self.teacher, DistributionTeacher):
-            record.finite = record.finite & self.teacher.update_critic()
+            finite, record.critic_loss = self.teacher.update_critic()
+            record.finite = record.finite & finite
         if self.ema is not None:
             self.ema.step(self.parameters)
         if self.config.optimizer.post_hoc_ema:
