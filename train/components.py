@@ -136,16 +136,16 @@ class Networks:
         if self.reload is not None and complete:
             vae, text_encoder = self.reload()
         sample = config.sample
-        few = config.few_step.steps if config.few_step.teacher is not None else None
-        unguided = None if few is None else 1.0
+        learned: dict[str, float] = {}
+        if config.few_step.teacher is not None:  # guidance is in what was learned
+            learned |= dict.fromkeys(("guidance_scale", "img2img_guidance_scale"), 1.0)
+            learned["num_inference_steps"] = config.few_step.steps
         defaults = {
             "height": sample.height,
             "width": sample.width,
-            "num_inference_steps": few if sample.num_inference_steps is None else sample.num_inference_steps,
-            "guidance_scale": unguided if sample.guidance_scale is None else sample.guidance_scale,
-            "img2img_guidance_scale": unguided
-            if sample.img2img_guidance_scale is None
-            else sample.img2img_guidance_scale,
+            "num_inference_steps": sample.num_inference_steps,
+            "guidance_scale": sample.guidance_scale,
+            "img2img_guidance_scale": sample.img2img_guidance_scale,
             "strength": sample.strength,
             "max_sequence_length": self.tokenizer.model_max_length if self.tokenizer is not None else None,
         }
@@ -154,6 +154,7 @@ class Networks:
             "transformer": self.denoiser.transformer,
             "scheduler": sampling_scheduler(config.objective, first_order=config.few_step.teacher is not None),
             "call_defaults": self.call_defaults
+            | learned
             | {name: value for name, value in defaults.items() if value is not None},
         }
         if self.tokenizer is None:

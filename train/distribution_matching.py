@@ -65,10 +65,10 @@ class DistributionTeacher(FewStepTeacher):
                 optimizer.optimizer.train()
 
     def losses(self, model: nn.Module, example: Example) -> torch.Tensor:
-        """What moves the student's pictures: half its gradient is the teacher's direction; [B].
+        """What moves the student's pictures, [B]: its gradient with respect to them is along `direction`.
 
-        The value is the mean square of that direction, which is relative to the teacher's error and ends at zero where
-        the critic cannot tell the student's pictures from the teacher's.
+        The value is the mean square of that, zero where the critic finds the student's pictures as likely as the
+        guided teacher does.
         """
         condition = self.with_states(example.condition)
         pictures = self.draw(model, example.noised.inputs, condition)
