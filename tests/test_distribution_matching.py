@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from config import SampleConfig
-from localdit import LocalDiTPipeline
-from tests.training import matching_config, tiny_config
-from train import dry_run
+from localdit import LocalDiTPipeline, LocalDiTTransformer2DModel
+from tests.training import matching_config, teacher_config, tiny_config
+from train import distillation, dry_run
 from train.distribution_matching import DistributionTeacher
 from train.trainer import Trainer
 
@@ -21,10 +21,9 @@ OTHER = {"sample": "flow_prediction", "flow_prediction": "sample"}
 def teacher(tmp_path_factory, request):
     """The folder of a pipeline, trained for a moment so that its output is not zero, and its objective."""
     folder = tmp_path_factory.mktemp("teacher")
-    config = tiny_config(folder, max_steps=10, checkpoint_every=10, sample_every=100)
-    objective = replace(config.objective, prediction_type=request.param, flow_shift=2.0)
-    Trainer(replace(config, objective=objective)).train()
-    return folder / "pipeline", objective
+    config = teacher_config(folder, request.param)
+    Trainer(config).train()
+    return folder / "pipeline", config.objective
 
 
 def student(folder, teacher, **changes):
@@ -170,6 +169,18 @@ def test_the_pipeline_takes_the_few_steps_unguided_unless_told_otherwise(tmp_pat
         defaults = Trainer(asked).networks.pipeline(asked).config.call_defaults
         names = ("num_inference_steps", "guidance_scale", "img2img_guidance_scale")
         assert tuple(defaults[name] for name in names) == expected
+
+
+def test_a_teacher_that_is_asked_otherwise_is_refused(tmp_path, teacher, monkeypatch):
+    wide = {**tiny_config(tmp_path).model.__dict__, "caption_channels": 20}
+    monkeypatch.setattr(distillation, "load_teacher", lambda _: LocalDiTTransformer2DModel(**wide))
+    with pytest.raises(ValueError, match="has caption_channels=20, and the student 16; make them equal"):
+        Trainer(student(tmp_path, teacher))
+
+
+def test_the_critic_trades_time_for_memory_as_the_student_does(tmp_path, teacher):
+    trainer = Trainer(student(tmp_path, teacher, gradient_checkpointing=True))
+    assert trainer.teacher.critic.transformer.gradient_checkpointing
 
 
 def test_what_does_not_fit_is_one_sentence(tmp_path, teacher):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from config import DataConfig, FewStepConfig, PrecomputeConfig, StageConfig
 from localdit import LocalDiTPipeline
-from tests.training import tiny_config
+from tests.training import teacher_config
 from train.datasets import build_dataset
 from train.few_step_starts import StepEncoder
 from train.objective import flow_sigmas, sampling_scheduler
@@ -25,15 +25,14 @@ PICTURES = 8
 def run(tmp_path_factory, request):
     """A run of few steps that learns from a pipeline trained for a moment, so that its output is not zero."""
     folder = tmp_path_factory.mktemp("teacher")
-    config = tiny_config(folder, max_steps=10, checkpoint_every=10, sample_every=100)
-    objective = replace(config.objective, prediction_type=request.param, flow_shift=2.0)
-    Trainer(replace(config, objective=objective)).train()
+    config = teacher_config(folder, request.param)
+    Trainer(config).train()
     source = str(folder / "pipeline")
     return replace(
         config,
         output_dir=str(folder / "run"),
         pretrained=source,
-        objective=replace(objective, condition_dropout=0.0),
+        objective=replace(config.objective, condition_dropout=0.0),
         text_encoder=replace(config.text_encoder, frozen=True),
         few_step=FewStepConfig(source, STEPS, TEACHER_STEPS, GUIDANCE),
         sample=replace(config.sample, num_inference_steps=STEPS, guidance_scale=1.0),

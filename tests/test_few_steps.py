@@ -7,7 +7,7 @@ import torch
 
 from config import DistillationConfig, FewStepConfig
 from localdit import LocalDiTPipeline
-from tests.training import tiny_config
+from tests.training import teacher_config, tiny_config
 from train.few_steps import FewStepTeacher
 from train.objective import flow_sigmas, sampling_scheduler
 from train.trainer import Trainer
@@ -20,10 +20,9 @@ STRIDE = TEACHER_STEPS // STEPS
 def teacher(tmp_path_factory, request):
     """The folder of a pipeline, trained for a moment so that its output is not zero, and its objective."""
     folder = tmp_path_factory.mktemp("teacher")
-    config = tiny_config(folder, max_steps=10, checkpoint_every=10, sample_every=100)
-    objective = replace(config.objective, prediction_type=request.param, flow_shift=2.0)
-    Trainer(replace(config, objective=objective)).train()
-    return folder / "pipeline", objective
+    config = teacher_config(folder, request.param)
+    Trainer(config).train()
+    return folder / "pipeline", config.objective
 
 
 def student(folder, teacher, **changes):

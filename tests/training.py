@@ -44,6 +44,12 @@ def tiny_config(folder: Path, **changes) -> TrainConfig:
     return replace(config, **changes)
 
 
+def teacher_config(folder: Path, prediction_type: str) -> TrainConfig:
+    """A run of a moment, after which a teacher's output is not zero."""
+    config = tiny_config(folder, max_steps=10, checkpoint_every=10, sample_every=100)
+    return replace(config, objective=replace(config.objective, prediction_type=prediction_type, flow_shift=2.0))
+
+
 def matching_config(folder: Path, teacher: str, **changes) -> TrainConfig:
     """A tiny run that learns few steps by distribution matching, from the pipeline of another tiny run."""
     config = tiny_config(folder, pretrained=teacher, sample_every=100)
