@@ -1,8 +1,17 @@
 """Tiny real components that the tests share."""
 
+# ruff: noqa: E402
+
+import os
+
+import torch
+
+# without a GPU, Triton's kernels run in its interpreter, if that is said before anyone imports it, as diffusers does
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import numpy as np
 import pytest
-import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from PIL import Image

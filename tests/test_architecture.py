@@ -99,8 +99,8 @@ def test_the_models_need_only_torch_and_diffusers():
     # the exported folder runs where nothing else is installed
     for path in python_files("localdit/models", "localdit/mixers"):
         others = imported_packages(path) - set(sys.stdlib_module_names)
-        # natten is imported where a user asks for it by name
-        allowed = {"torch", "diffusers", "localdit"} | ({"natten"} if path.stem.endswith("natten") else set())
+        # these are imported where a user asks for them by name
+        allowed = {"torch", "diffusers", "localdit", *({"natten", "triton"} & {path.stem.rpartition("_")[2]})}
         assert others <= allowed, path
 
 

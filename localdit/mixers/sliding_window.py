@@ -10,9 +10,10 @@ from torch import nn
 
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.chunks import chunk_tokens
+from localdit.mixers.local_kernel import check_kernel, kernel_takes, mix_by_kernel
 from localdit.mixers.sliding_window_flex import attend_by_flex
 from localdit.mixers.sliding_window_natten import attend_by_natten, check_natten, natten_takes
-from localdit.models.attention import attend
+from localdit.models.attention import LocalDiTAttention, attend
 from localdit.models.checks import check_bool, check_whole
 
 # B batch, N tokens of the grid, T tiles of one kind, n queries of a tile, m keys of a tile, H heads, D head dim
@@ -20,7 +21,7 @@ from localdit.models.checks import check_bool, check_whole
 # Queries of so many rows and columns share the keys around them; larger tiles have fewer, but more masked, keys.
 TILE = 8
 
-BACKENDS = ("tiles", "flex", "natten")
+SLIDING_WINDOW_BACKENDS = ("tiles", "flex", "natten", "triton")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ class SlidingWindowAttnProcessor(TokenMixer):
         backend: "tiles", dense attention inside tiles of queries, through any of diffusers' attention backends; "flex",
             torch's FlexAttention, for CUDA above all (on a CPU in inference only); "natten", the package of that name,
             without a bias (on a CPU in inference only, and where a side of the grid is shorter than
-            `kernel_size * dilation` the tiles take over). All give the same.
+            `kernel_size * dilation` the tiles take over); "triton", one kernel for norm, RoPE and attention
+            in half precision on CUDA, without a bias (anywhere else, without the package triton and with a dilation the
+            tiles take over). All give the same.
 
     Raises:
         ValueError: for a size or step out of range, an unknown backend, or a bias that the backend does not know.
@@ -160,10 +163,12 @@ class SlidingWindowAttnProcessor(TokenMixer):
         for name, value in {"kernel_size": kernel_size, "dilation": dilation}.items():
             check_whole(name, value)
         check_bool("relative_position_bias", relative_position_bias)
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} is not known; choose among {list(BACKENDS)}.")
+        if backend not in SLIDING_WINDOW_BACKENDS:
+            raise ValueError(f"backend={backend!r} is not known; choose among {list(SLIDING_WINDOW_BACKENDS)}.")
         if backend == "natten":
             check_natten(relative_position_bias)
+        if backend == "triton":
+            check_kernel(relative_position_bias)
         self.kernel_size = kernel_size
         self.dilation = dilation
         self.backend = backend
@@ -173,6 +178,11 @@ class SlidingWindowAttnProcessor(TokenMixer):
             )
         else:
             self.relative_position_bias_table = None
+
+    def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        if self.backend == "triton" and self.dilation == 1 and kernel_takes(hidden_states):
+            return mix_by_kernel(attn, hidden_states, grid, self.kernel_size, None, self.rope_theta)
+        return super().forward(attn, hidden_states, grid)
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         square = (grid, self.kernel_size, self.dilation)

@@ -11,11 +11,14 @@ from torch import nn
 
 from localdit.mixers.base import TokenMixer, TokenRun
 from localdit.mixers.chunks import chunk_tokens
+from localdit.mixers.local_kernel import check_kernel, kernel_takes, mix_by_kernel
 from localdit.models.attention import LocalDiTAttention, attend
 from localdit.models.checks import check_bool, check_whole
 from localdit.models.rope import grid_positions
 
 # B batch, N tokens of the grid, W windows of one shape, n tokens of one window, G pooled tokens, H heads, D head dim
+
+WINDOW_BACKENDS = ("dense", "triton")
 
 
 @dataclass(frozen=True)
@@ -155,9 +158,13 @@ class WindowAttnProcessor(TokenMixer):
         global_context: side G' of the grid of pooled tokens that every window attends to beside its own tokens, so
             that a change anywhere reaches everywhere within one layer; the cost is linear, n + G'² keys a token.
             0 for none.
+        backend: "dense", dense attention inside the windows, through any of diffusers' attention backends; or "triton",
+            one kernel for norm, RoPE and attention in half precision on CUDA, without a bias (anywhere else, without
+            the package triton and in streamed blocks the dense way takes over). Both give the same.
 
     Raises:
-        ValueError: for a window, shift or context size out of range, or an unknown schedule.
+        ValueError: for a window, shift or context size out of range, an unknown schedule or backend, or a bias that the
+            backend does not know.
     """
 
     local = True
@@ -173,11 +180,17 @@ class WindowAttnProcessor(TokenMixer):
         shift_schedule: str | tuple[int, ...] = "swin",
         relative_position_bias: bool = False,
         global_context: int = 0,
+        backend: str = "dense",
     ):
         super().__init__(num_attention_heads, attention_head_dim, layer, rope_theta)
         check_whole("window_size", window_size)
         check_whole("global_context", global_context, least=0)
         check_bool("relative_position_bias", relative_position_bias)
+        if backend not in WINDOW_BACKENDS:
+            raise ValueError(f"backend={backend!r} is not known; choose among {list(WINDOW_BACKENDS)}.")
+        if backend == "triton":
+            check_kernel(relative_position_bias)
+        self.backend = backend
         self.window_size = window_size
         self.shift = scheduled_shift(shift_schedule, layer, window_size)
         self.global_context = global_context
@@ -203,11 +216,15 @@ class WindowAttnProcessor(TokenMixer):
         """
         if run is not None:
             return self.mix_run(attn, hidden_states, run)
+        pooled = self.pool([hidden_states], grid)
+        if self.backend == "triton" and kernel_takes(hidden_states):
+            context = None if pooled is None else self.context(attn, pooled)
+            return mix_by_kernel(attn, hidden_states, grid, self.window_size, self.shift, self.rope_theta, context)
         # neither a graph nor a fake tensor may leave its own layout to others
         cacheable = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
         layout = self.layout(grid, hidden_states.device, cacheable)
         runs = layout.runs(chunk_tokens(hidden_states))
-        runs = self.window_runs(layout, runs, grid, self.pool([hidden_states], grid))
+        runs = self.window_runs(layout, runs, grid, pooled)
         mixed = [self.mix_run(attn, hidden_states.index_select(1, run.tokens), run) for run in runs]
         return torch.cat(mixed, dim=1).index_select(1, layout.place)
 

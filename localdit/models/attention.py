@@ -156,12 +156,16 @@ class LocalDiTAttention(nn.Module, AttentionModuleMixin):
 
         Query and key come normalised, and turned by `table`: cosine and sine, broadcastable to [B, N, H, D / 2].
         """
+        query, key, value = self.project(hidden_states)
+        return self.norm_q(query, table), self.norm_k(key, table), value
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Project [B, N, C] to query, key and value [B, N, H, D], as they are."""
         if self.fused_projections:
             query, key, value = self.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
-        query, key = self.norm_q(self.to_heads(query), table), self.norm_k(self.to_heads(key), table)
-        return query, key, self.to_heads(value)
+        return self.to_heads(query), self.to_heads(key), self.to_heads(value)
 
     def to_key_value(
         self, hidden_states: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -1,0 +1,231 @@
+"""Local attention in one kernel, an operation of torch with its gradient: `torch.ops.localdit.local_attention`.
+
+Imported where a mixer is asked for it, since it needs the package triton.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from localdit.mixers.local_kernel_triton import attend_kernel, key_gradient_kernel, query_gradient_kernel
+from localdit.models.rope import grid_positions, rotary_table
+
+# B batch, N tokens of the grid, H heads, D head dim, G pooled tokens, T tiles of the grid
+
+TILE = 8  # rows and columns of a tile, at most
+
+# 64 tokens of a tile are set against 32 at a time by 8 warps: what fits the registers (by ptxas, for heads of 72)
+LAUNCH: dict[str, Any] = {"ROWS": TILE * TILE, "STEP": 32, "num_warps": 8}
+# two programs share a multiprocessor of NVIDIA's
+FORWARD_LAUNCH = LAUNCH | ({"maxnreg": 128} if torch.version.cuda else {})
+
+
+class Call(NamedTuple):
+    """How the kernels are called.
+
+    Attributes:
+        programs: tiles, heads and pictures.
+        context: key and value of the pooled tokens, and how many there are.
+        tables: weights of query's and key's norm, cosine and sine.
+        strides: of a picture, of a token, and the number of heads.
+        rule: who attends to whom, and how.
+        constants: what the kernels are compiled for.
+    """
+
+    programs: tuple[int, int, int]
+    context: tuple[torch.Tensor, torch.Tensor]
+    pooled: int
+    tables: tuple[torch.Tensor, ...]
+    strides: tuple[int, int, int]
+    rule: tuple[int | float, ...]
+    constants: dict[str, Any]
+
+
+def prepare(
+    query: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    context_key: torch.Tensor | None,
+    context_value: torch.Tensor | None,
+    height: int,
+    width: int,
+    size: int,
+    shift: int,
+    windows: bool,
+    theta: float | None,
+    eps: float,
+) -> Call:
+    """The call for the arguments of `local_attention`. In place of a tensor that is not read stands the query."""
+    batch, _, heads, head_dim = query.shape
+    side, lead = tiling(size, shift, windows)
+    tiles = ((height + lead + side - 1) // side) * ((width + lead + side - 1) // side)
+    weights = (query, query) if query_weight is None or key_weight is None else (query_weight, key_weight)
+    context, pooled = (query, query), 0
+    if context_key is not None and context_value is not None:
+        context, pooled = (context_key, context_value), context_key.shape[1]
+    turn = (query, query) if theta is None else turns(height, width, head_dim, theta, query.device)
+    main = max(16, 1 << (head_dim.bit_length() - 1))
+    tail = max(16, 1 << max(0, head_dim - main - 1).bit_length())
+    return Call(
+        programs=(tiles, heads, batch),
+        context=context,
+        pooled=pooled,
+        tables=(*weights, *turn),
+        strides=(query.stride(0), query.stride(1), heads),
+        rule=(height, width, side, lead, shift, head_dim**-0.5, eps),
+        constants={
+            "SIZE": size,
+            "WINDOWS": windows,
+            "MAIN": main,
+            "TAIL": tail,
+            "D": head_dim,
+            "NORM": query_weight is not None,
+            "TURN": theta is not None,
+        },
+    )
+
+
+def tiling(size: int, shift: int, windows: bool) -> tuple[int, int]:
+    """Side of the tiles, and how far before the grid they begin: of whole windows, where windows are no larger."""
+    if not windows:
+        return TILE, 0
+    side = TILE // size * size or TILE
+    return side, -shift % side
+
+
+@lru_cache(maxsize=16)
+def turns(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Cosine and sine [N, D / 2] of the rotary embedding of a grid."""
+    # A tensor born in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        return rotary_table(grid_positions(height, width, device), head_dim, theta)
+
+
+@torch.library.custom_op("localdit::local_attention", mutates_args=())
+def local_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    context_key: torch.Tensor | None,
+    context_value: torch.Tensor | None,
+    height: int,
+    width: int,
+    size: int,
+    shift: int,
+    windows: bool,
+    theta: float | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise queries and keys, turn them by their place, and attend.
+
+    Args:
+        query, key, value: as projected, [B, N, H, D] with N = height * width, row-major, of the same strides, the heads
+            of a token in one piece.
+        query_weight, key_weight: of the RMSNorm over each head, [D]; None for no norm.
+        context_key, context_value: of tokens that every query attends to beside its own, contiguous [B, G, H, D].
+        height, width: of the grid in tokens.
+        size, shift: height and width of a window and where the first is cut, or of the square around each query.
+        windows: windows, or squares around each query.
+        theta: base of the rotary embedding; None for none.
+        eps: of the norms.
+
+    Returns:
+        The mixed values [B, N, H, D], and the logarithm of what the softmax divided by, fp32 [B, N, H].
+    """
+    settings = (height, width, size, shift, windows, theta, eps)
+    call = prepare(query, query_weight, key_weight, context_key, context_value, *settings)
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    logarithm = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    attend_kernel[call.programs](
+        *(query, key, value, *call.context, *call.tables, output, logarithm),
+        *(*call.strides, call.pooled, *call.rule),
+        **call.constants,
+        **FORWARD_LAUNCH,
+    )
+    return output, logarithm
+
+
+@local_attention.register_fake
+def _(query, *_):
+    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("localdit::local_attention_backward", mutates_args=())
+def local_attention_backward(
+    gradient: torch.Tensor,
+    output: torch.Tensor,
+    logarithm: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_weight: torch.Tensor | None,
+    key_weight: torch.Tensor | None,
+    context_key: torch.Tensor | None,
+    context_value: torch.Tensor | None,
+    height: int,
+    width: int,
+    size: int,
+    shift: int,
+    windows: bool,
+    theta: float | None,
+    eps: float,
+) -> list[torch.Tensor]:
+    """The gradients of query, key and value, of both weights, and of the context's key and value, if there are any.
+
+    What tiles add to the last four they write in fp32, each for itself, so that the sum is the same every time.
+    """
+    settings = (height, width, size, shift, windows, theta, eps)
+    call = prepare(query, query_weight, key_weight, context_key, context_value, *settings)
+    of_query, of_key, of_value = (torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3))
+    of_weights, of_context = added(query, call), added(query, call, call.pooled)
+    inner = torch.empty_like(logarithm)  # products of outputs and their gradients
+    query_gradient_kernel[call.programs](
+        *(query, key, value, *call.context, *call.tables, output, logarithm, gradient),
+        *(of_query, of_weights[0], *of_context, inner),
+        *(*call.strides, call.pooled, *call.rule),
+        **call.constants,
+        **LAUNCH,
+    )
+    key_gradient_kernel[call.programs](
+        *(query, key, value, *call.tables, logarithm, gradient, inner, of_key, of_value, of_weights[1]),
+        *(*call.strides, *call.rule),
+        **call.constants,
+        **LAUNCH,
+    )
+    of_weights = [part.sum((0, 1, 2)) for part in of_weights]
+    return [of_query, of_key, of_value, *of_weights, *(part.sum(1).transpose(1, 2) for part in of_context)]
+
+
+def added(query: torch.Tensor, call: Call, *rows: int) -> list[torch.Tensor]:
+    """Room for what each tile adds to two tensors, [B, T, H, D], or [B, T, H, G, D] for `rows` G."""
+    tiles, heads, batch = call.programs
+    return [query.new_empty(batch, tiles, heads, *rows, query.shape[-1], dtype=torch.float32) for _ in range(2)]
+
+
+@local_attention_backward.register_fake
+def _(gradient, output, logarithm, query, *others):
+    _, _, *weights, context_key, context_value = others[:6]
+    exact = {"dtype": torch.float32}
+    size = (len(query), query.shape[2], 0 if context_key is None else context_key.shape[1], query.shape[3])
+    context = [query.new_empty(size, **exact).transpose(1, 2) for _ in (context_key, context_value)]
+    of_weights = [query.new_empty(query.shape[3:], **exact) for _ in weights]
+    return [*(query.new_empty(query.shape) for _ in range(3)), *of_weights, *context]
+
+
+def keep(ctx, inputs, output):
+    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.settings = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def gradients(ctx, gradient, _):
+    output, logarithm, *given = ctx.saved_tensors
+    found = local_attention_backward(gradient.contiguous(), output, logarithm, *given, *ctx.settings)
+    wanted = [None if own is None else one.to(own.dtype) for one, own in zip(found, given, strict=True)]
+    return *wanted, *(None for _ in ctx.settings)
+
+
+local_attention.register_autograd(gradients, setup_context=keep)
