@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from localdit.mixers import MIXERS, check_mixers
 from localdit.mixers.chunks import chunk_tokens
-from localdit.mixers.window import average, build_window_layout, cached_window_layout, scheduled_shift
+from localdit.mixers.tables import _made_once
+from localdit.mixers.window import average, build_window_layout, scheduled_shift
 from localdit.models.attention import LocalDiTAttention, attend, attend_by_matmul
 from tests.rope_reference import THETA, reference_rope
 
@@ -297,15 +298,16 @@ def test_cutting_at_the_shift_is_swins_roll_and_mask(grid, window_size, shift):
     assert torch.equal(same, neighbours(grid, window_size, shift))
 
 
-def test_layout_of_inference_serves_training_afterwards():
-    cached_window_layout.cache_clear()
+def test_tables_of_inference_serve_training_afterwards():
+    _made_once.cache_clear()
     attn = shifted(3, 1, relative_position_bias=True, global_context=2)
     hidden_states = torch.randn(1, 35, WIDTH)
     with torch.inference_mode():
         expected = attn(hidden_states, (5, 7)).clone()
     output = attn(hidden_states, (5, 7))
     output.sum().backward()
-    assert cached_window_layout.cache_info().hits == 1
+    made = _made_once.cache_info()
+    assert made.hits == made.misses == 5  # the windows, their turns and the context's, and its cells on both axes
     assert all(parameter.grad is not None for parameter in attn.parameters())
     torch.testing.assert_close(output, expected, **NEAR)
 

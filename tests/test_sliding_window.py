@@ -11,6 +11,7 @@ from localdit import LocalDiTTransformer2DModel
 from localdit.mixers import MIXERS
 from localdit.mixers import sliding_window as module
 from localdit.mixers.sliding_window import SlidingWindowAttnProcessor, build_tiles, neighbours
+from localdit.mixers.tables import _made_once
 from localdit.models.attention import LocalDiTAttention
 
 HEADS, HEAD_DIM = 2, 8
@@ -68,7 +69,7 @@ def dense(mixer, query, key, value, grid) -> torch.Tensor:
 @pytest.mark.parametrize("grid", GRIDS)
 def test_it_is_dense_attention_under_a_mask(monkeypatch, grid, kernel_size, dilation, tile):
     monkeypatch.setattr(module, "TILE", tile)
-    module.cached_tiles.cache_clear()
+    _made_once.cache_clear()
     mixer = make(kernel_size=kernel_size, dilation=dilation, relative_position_bias=True)
     leaves = [torch.randn(2, grid[0] * grid[1], HEADS, HEAD_DIM, requires_grad=True) for _ in range(3)]
     leaves.append(mixer.relative_position_bias_table)
@@ -78,7 +79,7 @@ def test_it_is_dense_attention_under_a_mask(monkeypatch, grid, kernel_size, dila
     gradients = [torch.autograd.grad((result * weight).sum(), leaves, allow_unused=True) for result in results]
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
-    module.cached_tiles.cache_clear()
+    _made_once.cache_clear()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])

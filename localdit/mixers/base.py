@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from localdit.mixers.tables import kept
 from localdit.models.attention import LocalDiTAttention
 from localdit.models.checks import check_real
 from localdit.models.rope import grid_positions, rotary_table
@@ -22,6 +23,19 @@ class TokenRun:
     """
 
     tokens: torch.Tensor
+
+
+def rotation(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [N, 1, D / 2] that turn states [B, N, H, D] at `positions` [N, 2], all heads by one angle."""
+    cosine, sine = rotary_table(positions, head_dim, theta)
+    return cosine.unsqueeze(1), sine.unsqueeze(1)
+
+
+def grid_rotation(
+    height: int, width: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [N, 1, D / 2] that turn the states [B, N, H, D] of a grid."""
+    return rotation(grid_positions(height, width, device), head_dim, theta)
 
 
 class TokenMixer(nn.Module):
@@ -61,7 +75,7 @@ class TokenMixer(nn.Module):
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Mix the tokens of [B, N, C], row-major on `grid` = (height, width) with N = height * width."""
-        table = self.rotation(grid_positions(*grid, device=hidden_states.device))
+        table = self.rotation(grid, hidden_states)
         return attn.to_output(self.mix(*attn.to_query_key_value(hidden_states, table), grid))
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -73,7 +87,7 @@ class TokenMixer(nn.Module):
         bands: Iterable[torch.Tensor],
         grid: tuple[int, int],
         chunk_tokens: int,
-        device: torch.device,
+        states: torch.Tensor,
         alike: bool = False,
     ) -> Iterator[TokenRun]:
         """Runs of about `chunk_tokens` of the grid's tokens, of which none meets a token of another run.
@@ -84,14 +98,13 @@ class TokenMixer(nn.Module):
             bands: all tokens of the grid, some rows [B, n, C] at a time, for a mixer that sums them up beforehand.
             grid: (height, width) in tokens.
             chunk_tokens: tokens of a run, of each picture.
-            device: of the tokens.
+            states: of the tokens, of which the device counts.
             alike: make runs that differ in numbers only, so that one compiled graph serves many of them.
         """
         raise NotImplementedError
 
-    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosine and sine [..., N, 1, D / 2] that turn states [..., N, H, D] at `positions` [..., N, 2], with RoPE."""
+    def rotation(self, grid: tuple[int, int], states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Cosine and sine [N, 1, D / 2] that turn the states [B, N, H, D] of a grid, with RoPE."""
         if self.rope_theta is None:
             return None
-        cosine, sine = rotary_table(positions, self.attention_head_dim, self.rope_theta)
-        return cosine.unsqueeze(-2), sine.unsqueeze(-2)  # one angle for all heads
+        return kept(states, grid_rotation, *grid, self.attention_head_dim, self.rope_theta, states.device)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.chunks import chunk_tokens
 from localdit.models.attention import LocalDiTAttention
-from localdit.models.rope import grid_positions, rotate
+from localdit.models.rope import rotate
 
 # B batch, N tokens, H heads, D head dim
 
@@ -59,7 +59,11 @@ class LinearAttnProcessor(TokenMixer):
         if length is None or length >= tokens:
             return attn.to_output(self.mix(*attn.to_query_key_value(hidden_states), grid))
         piece = max(1, length // PIECES)
-        tables = [self.rotation(own) for own in grid_positions(*grid, device=hidden_states.device).split(piece)]
+        table = self.rotation(grid, hidden_states)
+        tables = [
+            None if table is None else (table[0][at : at + piece], table[1][at : at + piece])
+            for at in range(0, tokens, piece)
+        ]
         queries: list[torch.Tensor] = []
         weight = state = torch.zeros((), device=hidden_states.device)
         for chunk in hidden_states.split(piece * PIECES, dim=1):
@@ -72,7 +76,7 @@ class LinearAttnProcessor(TokenMixer):
         return attn.to_output(torch.cat(mixed, dim=1))
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        table = self.rotation(grid_positions(*grid, device=query.device))
+        table = self.rotation(grid, query)
         return self.read(query, table, *self.sums(key, value, table, key.shape[1]))
 
     def sums(

@@ -3,13 +3,13 @@
 Imported where a mixer is asked for it, since it needs the package triton.
 """
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
+from localdit.mixers.base import grid_rotation
 from localdit.mixers.local_kernel_triton import attend_kernel, key_gradient_kernel, query_gradient_kernel
-from localdit.models.rope import grid_positions, rotary_table
+from localdit.mixers.tables import kept
 
 # B batch, N tokens of the grid, H heads, D head dim, G pooled tokens, T tiles of the grid
 
@@ -64,7 +64,9 @@ def prepare(
     context, pooled = (query, query), 0
     if context_key is not None and context_value is not None:
         context, pooled = (context_key, context_value), context_key.shape[1]
-    turn = (query, query) if theta is None else turns(height, width, head_dim, theta, query.device)
+    turn = (query, query)
+    if theta is not None:
+        turn = kept(query, grid_rotation, height, width, head_dim, theta, query.device)
     main = max(16, 1 << (head_dim.bit_length() - 1))
     tail = max(16, 1 << max(0, head_dim - main - 1).bit_length())
     return Call(
@@ -92,14 +94,6 @@ def tiling(size: int, shift: int, windows: bool) -> tuple[int, int]:
         return TILE, 0
     side = TILE // size * size or TILE
     return side, -shift % side
-
-
-@lru_cache(maxsize=16)
-def turns(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Cosine and sine [N, D / 2] of the rotary embedding of a grid."""
-    # A tensor born in inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        return rotary_table(grid_positions(height, width, device), head_dim, theta)
 
 
 @torch.library.custom_op("localdit::local_attention", mutates_args=())

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from localdit.mixers.chunks import chunk_tokens
 from localdit.mixers.local_kernel import check_kernel, kernel_takes, mix_by_kernel
 from localdit.mixers.sliding_window_flex import attend_by_flex
 from localdit.mixers.sliding_window_natten import attend_by_natten, check_natten, natten_takes
+from localdit.mixers.tables import kept
 from localdit.models.attention import LocalDiTAttention, attend
 from localdit.models.checks import check_bool, check_whole
 
@@ -116,15 +116,6 @@ def gather(states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return states.index_select(1, tokens.flatten()).unflatten(1, tokens.shape).flatten(0, 1)
 
 
-@lru_cache(maxsize=64)
-def cached_tiles(
-    height: int, width: int, kernel_size: int, dilation: int, device: torch.device
-) -> tuple[tuple[Tiles, ...], torch.Tensor]:
-    # A tensor born in inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        return build_tiles(height, width, kernel_size, dilation, device)
-
-
 class SlidingWindowAttnProcessor(TokenMixer):
     """Each token attends to the `kernel_size` x `kernel_size` square of tokens around it (arXiv 2204.07143).
 
@@ -192,10 +183,7 @@ class SlidingWindowAttnProcessor(TokenMixer):
             return attend_by_flex(query, key, value, *square, self.relative_position_bias_table)
         if self.backend == "natten" and natten_takes(*square) and not forward_only:
             return attend_by_natten(query, key, value, *square)
-        # neither a graph nor a fake tensor may leave its own tiles to others
-        cacheable = type(query) is torch.Tensor and not torch.compiler.is_compiling()
-        tiles_of = cached_tiles if cacheable else build_tiles
-        tiles, place = tiles_of(*grid, self.kernel_size, self.dilation, query.device)
+        tiles, place = kept(query, build_tiles, *grid, self.kernel_size, self.dilation, query.device)
         tokens = chunk_tokens(query)
         mixed = [self.mix_tiles(query, key, value, run) for group in tiles for run in group.runs(tokens)]
         return torch.cat(mixed, dim=1).index_select(1, place)

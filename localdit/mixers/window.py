@@ -3,15 +3,15 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from localdit.mixers.base import TokenMixer, TokenRun
+from localdit.mixers.base import TokenMixer, TokenRun, rotation
 from localdit.mixers.chunks import chunk_tokens
 from localdit.mixers.local_kernel import check_kernel, kernel_takes, mix_by_kernel
+from localdit.mixers.tables import kept
 from localdit.models.attention import LocalDiTAttention, attend
 from localdit.models.checks import check_bool, check_whole
 from localdit.models.rope import grid_positions
@@ -41,11 +41,15 @@ class WindowLayout:
     Attributes:
         order: the row-major token at each place of the sorted sequence, shape [N].
         place: the inverse of `order`, shape [N].
+        positions: row and column of each of the sequence's tokens on the grid, shape [N, 2].
+        own_positions: the same, counted from the corner of the token's window.
         shapes: the groups, in the order in which they stand in the sequence.
     """
 
     order: torch.Tensor
     place: torch.Tensor
+    positions: torch.Tensor
+    own_positions: torch.Tensor
     shapes: tuple[WindowShape, ...]
 
     def runs(self, chunk_tokens: int | None, alike: bool = False) -> Iterator[tuple[WindowShape, ...]]:
@@ -66,11 +70,11 @@ class PooledGrid:
 
     Attributes:
         states: the averages, shape [B, G, C].
-        centres: row and column of each cell's centre, in tokens of the grid, shape [G, 2].
+        table: cosine and sine [G, 1, D / 2] of the turns of their keys, with RoPE.
     """
 
     states: torch.Tensor
-    centres: torch.Tensor
+    table: tuple[torch.Tensor, torch.Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,12 @@ class WindowRun(TokenRun):
     Attributes:
         positions: for each shape of windows, row and column of their tokens, shape [W, n, 2]. They are counted from the
             window's corner, or with global context, which stands outside of it, on the grid.
+        table: cosine and sine [n, 1, D / 2] of all tokens' turns, with RoPE.
         pooled: the whole grid, where the mixer has global context.
     """
 
     positions: tuple[torch.Tensor, ...]
+    table: tuple[torch.Tensor, torch.Tensor] | None
     pooled: PooledGrid | None
 
 
@@ -126,23 +132,33 @@ def build_window_layout(
     Cutting the axes at the shift is the same as rolling the grid and masking what wrapped around (Swin, arXiv
     2103.14030), without the roll, the padding and the mask: windows at the border are simply smaller.
     """
-    orders, shapes = [], []
+    orders, own_positions, shapes = [], [], []
     for rows, tops in cut_axis(height, window_size, shift).items():
         for columns, lefts in cut_axis(width, window_size, shift).items():
             y = torch.tensor(tops, device=device)[:, None] + torch.arange(rows, device=device)
             x = torch.tensor(lefts, device=device)[:, None] + torch.arange(columns, device=device)
             tokens = y[:, None, :, None] * width + x[None, :, None, :]  # [windows down, windows across, rows, columns]
             orders.append(tokens.flatten())
+            own_positions.append(grid_positions(rows, columns, device).repeat(len(tops) * len(lefts), 1))
             shapes.append(WindowShape(rows, columns, len(tops) * len(lefts)))
     order = torch.cat(orders)
-    return WindowLayout(order, order.argsort(), tuple(shapes))
+    positions = torch.stack((order // width, order % width), dim=-1)
+    return WindowLayout(order, order.argsort(), positions, torch.cat(own_positions), tuple(shapes))
 
 
-@lru_cache(maxsize=64)
-def cached_window_layout(height: int, width: int, window_size: int, shift: int, device: torch.device) -> WindowLayout:
-    # A tensor born in inference mode could not be used in training later.
-    with torch.inference_mode(False):
-        return build_window_layout(height, width, window_size, shift, device)
+def window_rotation(
+    height: int,
+    width: int,
+    window_size: int,
+    shift: int,
+    from_corner: bool,
+    head_dim: int,
+    theta: float,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [N, 1, D / 2] that turn the states of tokens sorted by window."""
+    layout = build_window_layout(height, width, window_size, shift, device)
+    return rotation(layout.own_positions if from_corner else layout.positions, head_dim, theta)
 
 
 class WindowAttnProcessor(TokenMixer):
@@ -220,29 +236,25 @@ class WindowAttnProcessor(TokenMixer):
         if self.backend == "triton" and kernel_takes(hidden_states):
             context = None if pooled is None else self.context(attn, pooled)
             return mix_by_kernel(attn, hidden_states, grid, self.window_size, self.shift, self.rope_theta, context)
-        # neither a graph nor a fake tensor may leave its own layout to others
-        cacheable = type(hidden_states) is torch.Tensor and not torch.compiler.is_compiling()
-        layout = self.layout(grid, hidden_states.device, cacheable)
-        runs = layout.runs(chunk_tokens(hidden_states))
-        runs = self.window_runs(layout, runs, grid, pooled)
+        layout = self.layout(grid, hidden_states)
+        runs = self.window_runs(layout, layout.runs(chunk_tokens(hidden_states)), grid, pooled, hidden_states)
         mixed = [self.mix_run(attn, hidden_states.index_select(1, run.tokens), run) for run in runs]
         return torch.cat(mixed, dim=1).index_select(1, layout.place)
 
-    def layout(self, grid: tuple[int, int], device: torch.device, cacheable: bool) -> WindowLayout:
+    def layout(self, grid: tuple[int, int], states: torch.Tensor) -> WindowLayout:
         """The windows of a grid in this layer."""
-        layout_of = cached_window_layout if cacheable else build_window_layout
-        return layout_of(*grid, self.window_size, self.shift, device)
+        return kept(states, build_window_layout, *grid, self.window_size, self.shift, states.device)
 
     def runs(
         self,
         bands: Iterable[torch.Tensor],
         grid: tuple[int, int],
         chunk_tokens: int,
-        device: torch.device,
+        states: torch.Tensor,
         alike: bool = False,
     ) -> Iterator[WindowRun]:
-        layout = self.layout(grid, device, cacheable=not torch.compiler.is_compiling())
-        return self.window_runs(layout, layout.runs(chunk_tokens, alike), grid, self.pool(bands, grid))
+        layout = self.layout(grid, states)
+        return self.window_runs(layout, layout.runs(chunk_tokens, alike), grid, self.pool(bands, grid), states)
 
     def window_runs(
         self,
@@ -250,27 +262,31 @@ class WindowAttnProcessor(TokenMixer):
         runs: Iterable[tuple[WindowShape, ...]],
         grid: tuple[int, int],
         pooled: PooledGrid | None,
+        states: torch.Tensor,
     ) -> Iterator[WindowRun]:
         """The windows of a grid, run by run."""
+        # RoPE sees differences only, and in the same positions all windows of a shape are alike
+        from_corner, table = pooled is None, None
+        positions = layout.own_positions if from_corner else layout.positions
+        if self.rope_theta is not None:
+            windows = (*grid, self.window_size, self.shift, from_corner)
+            table = kept(states, window_rotation, *windows, self.attention_head_dim, self.rope_theta, states.device)
         start = 0
         for shapes in runs:
-            tokens = layout.order[start : start + sum(shape.count * shape.tokens for shape in shapes)]
-            start += len(tokens)
-            if pooled is None:
-                # RoPE sees differences only, and in the same positions all windows of a shape are alike
-                corners = [grid_positions(shape.height, shape.width, device=tokens.device) for shape in shapes]
-                positions = [own.expand(shape.count, -1, -1) for own, shape in zip(corners, shapes, strict=True)]
-            else:
-                places = torch.stack((tokens // grid[1], tokens % grid[1]), dim=-1)
-                parts = places.split([shape.count * shape.tokens for shape in shapes])
-                positions = [own.unflatten(0, (shape.count, -1)) for own, shape in zip(parts, shapes, strict=True)]
-            yield WindowRun(tokens, tuple(positions), pooled)
+            lengths = [shape.count * shape.tokens for shape in shapes]
+            own = slice(start, start := start + sum(lengths))
+            parts = zip(positions[own].split(lengths), shapes, strict=True)
+            yield WindowRun(
+                tokens=layout.order[own],
+                positions=tuple(part.unflatten(0, (shape.count, -1)) for part, shape in parts),
+                table=None if table is None else (table[0][own], table[1][own]),
+                pooled=pooled,
+            )
 
     def mix_run(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, run: WindowRun) -> torch.Tensor:
         """Project the tokens of a run [B, n, C], attend inside their windows and project back."""
         context = None if run.pooled is None else self.context(attn, run.pooled)
-        table = self.rotation(torch.cat([positions.flatten(0, 1) for positions in run.positions]))
-        states = attn.to_query_key_value(hidden_states, table)
+        states = attn.to_query_key_value(hidden_states, run.table)
         tokens = [positions.shape[:2].numel() for positions in run.positions]
         parts = zip(*(state.split(tokens, dim=1) for state in states), strict=True)
         mixed = [
@@ -306,12 +322,14 @@ class WindowAttnProcessor(TokenMixer):
         # first along each row, so that the bands need not be there together: [B, some rows, columns, C]
         across = torch.cat([average(band.unflatten(1, (-1, grid[1])), columns) for band in bands], dim=1)
         states = average(across.flatten(2), rows).unflatten(-1, (columns, -1)).flatten(1, 2)
-        scale = torch.tensor([side / count for side, count in zip(grid, cells, strict=True)], device=states.device)
-        return PooledGrid(states, (grid_positions(*cells, device=states.device) + 0.5) * scale - 0.5)
+        if self.rope_theta is None:
+            return PooledGrid(states, None)
+        turn = (*grid, *cells, self.attention_head_dim, self.rope_theta, states.device)
+        return PooledGrid(states, kept(states, pooled_rotation, *turn))
 
     def context(self, attn: LocalDiTAttention, pooled: PooledGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value [B, G, H, D] that every window attends to beside its own."""
-        return attn.to_key_value(pooled.states + self.context_embedding, self.rotation(pooled.centres))
+        return attn.to_key_value(pooled.states + self.context_embedding, pooled.table)
 
     def relative_position_bias(self, positions: torch.Tensor, keys: int, dtype: torch.dtype) -> torch.Tensor | None:
         """The learned bias of a window's scores, [1, H, n, keys]; pooled keys, which come last, have none."""
@@ -324,15 +342,30 @@ class WindowAttnProcessor(TokenMixer):
         return F.pad(bias, (0, keys - len(window)))[None]
 
 
+def pooled_rotation(
+    height: int, width: int, rows: int, columns: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine [G, 1, D / 2] that turn the states of a grid's cells, by their centres."""
+    scale = torch.tensor((height / rows, width / columns), device=device)
+    return rotation((grid_positions(rows, columns, device) + 0.5) * scale - 0.5, head_dim, theta)
+
+
 def average(states: torch.Tensor, cells: int) -> torch.Tensor:
     """The means over the cells of an axis, [..., length, C] to [..., cells, C]; uneven ones share what both reach.
 
     Torch's adaptive pooling, which wants channels first, copies a picture to turn it; a product with 0 and 1 does not.
     """
-    length = states.shape[-2]
-    places, cell = torch.arange(length, device=states.device), torch.arange(cells, device=states.device).unsqueeze(-1)
-    inside = (places >= cell * length // cells) & (places * cells < (cell + 1) * length)  # [cells, length]
-    return inside.to(states.dtype) @ states / inside.sum(-1, keepdim=True)
+    inside, counts = kept(states, cells_of_axis, states.shape[-2], cells, states.dtype, states.device)
+    return inside @ states / counts
+
+
+def cells_of_axis(
+    length: int, cells: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 where a place of an axis is in a cell, else 0, [cells, length]; and how many are in each, [cells, 1]."""
+    places, cell = torch.arange(length, device=device), torch.arange(cells, device=device).unsqueeze(-1)
+    inside = (places >= cell * length // cells) & (places * cells < (cell + 1) * length)
+    return inside.to(dtype), inside.sum(-1, keepdim=True)
 
 
 def scheduled_shift(shift_schedule: str | tuple[int, ...], layer: int, window_size: int) -> int:

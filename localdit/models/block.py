@@ -145,7 +145,7 @@ class LocalDiTBlock(nn.Module):
         rows = max(1, chunk_tokens // grid[1])
         bands = (self.normed(band, first) for band in hidden_states.split(rows * grid[1], dim=1))
         compiled = "mix" in vars(self)  # by `compile`, and then few graphs are worth more than even runs
-        for run in mixer.runs(bands, grid, chunk_tokens, hidden_states.device, alike=compiled):
+        for run in mixer.runs(bands, grid, chunk_tokens, hidden_states, alike=compiled):
             chunk = self.mix(hidden_states.index_select(1, run.tokens), first, grid, run)
             output.index_copy_(1, run.tokens, self.refine(chunk, second, grid, text, attention_mask))
         return output

@@ -1,0 +1,26 @@
+"""Tables that depend on a grid and not on what lies on it: made once, and kept for the next call."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+Made = TypeVar("Made")
+
+
+def kept(states: torch.Tensor, make: Callable[..., Made], *arguments) -> Made:
+    """What `make(*arguments)` returns for the sake of some states, from an earlier call where it may be.
+
+    Neither a graph nor a fake tensor may leave its own tables to others.
+    """
+    if type(states) is torch.Tensor and not torch.compiler.is_compiling():
+        return _made_once(make, *arguments)
+    return make(*arguments)
+
+
+@lru_cache(maxsize=64)
+def _made_once(make: Callable[..., Made], *arguments) -> Made:
+    # A tensor born in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        return make(*arguments)
