@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from localdit.benchmarks import attention, transformers
+from localdit.benchmarks import attention, launches, transformers
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +41,44 @@ def test_every_goal_is_of_something_that_is_measured(part):
 def test_a_training_step_has_the_goal_of_the_block_and_an_allowance():
     goals = [attention.goal_of("training", name, 64, "bfloat16") for name in ("window 8", "window 16", "linear")]
     assert goals == pytest.approx([1.08, 1.11, 1.12])  # of windows the block's goal is of the streamed one
+
+
+def test_on_a_gpu_windows_have_a_goal_of_their_own():
+    kernels = set(attention.mixers(gpu=True)) - set(attention.mixers())
+    assert {"window 8, Triton", "sliding_window 7, Triton", "sliding_window 7, flex"} <= kernels
+    goals = {
+        name: attention.goal_of("block", name, 64, "bfloat16", "cuda") for name in attention.modules("block", True)
+    }
+    assert {name for name, goal in goals.items() if goal} == {name for name in goals if name.startswith("window")}
+    assert goals["window 8, Triton"] == attention.GPU_GOAL
+    assert attention.goal_of("layer", "window 8", 64, "bfloat16", "cuda") is None
+
+
+def test_the_kernel_adds_one_launch_to_the_identity():
+    """And without it no table of the grid is made anew: each of the operations counted passes over the tokens."""
+    pytest.importorskip("triton")
+    count = {name: launches.count("layer", name, 16)[0] for name in launches.names("layer")}
+    assert count["identity"] == 4  # the projections
+    assert count["full"] == 4 + 1 + 2 * (1 + 2 + 2)  # the attention; of query and key norm, complex turn and precision
+    # a gather, a scatter, windows of four shapes and what joins them again
+    assert count["window 8"] == count["full"] + 3 + 3
+    assert count["window 8, Triton"] == count["sliding_window 7, Triton"] == 5
+    assert len(launches.names("block")) > len(count)
+
+
+def test_launches_are_listed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["launches", "--side", "6", "--part", "block"])
+    launches.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[2:32].strip() for line in lines if line.startswith("  ")] == launches.names("block")
+
+
+def test_compiled_modules_are_timed_as_well(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
+    monkeypatch.setattr(attention.LocalDiTBlock, "compile", lambda module: compiled.append("ours"))
+    lines_of(monkeypatch, capsys, "--side", "6", "--repeats", "1", "--part", "block", "--compile", "--dtype", "float32")
+    assert set(compiled) == {"ours", "PixArtBlock", "SanaBlock"}
 
 
 def test_the_identity_mixes_nothing_and_trains_all_projections():

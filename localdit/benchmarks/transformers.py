@@ -69,6 +69,7 @@ CONTESTANTS = {
     "LocalDiT, windows": Contestant(windows, 8),
     "LocalDiT, windows, streamed": Contestant(windows, 8, streams=True),
     "LocalDiT, windows + context 4": Contestant(partial(windows, global_context=4), 8),
+    "LocalDiT, windows, Triton": Contestant(partial(windows, backend="triton"), 8),  # on a CPU as without
 }
 
 
@@ -139,7 +140,7 @@ def report(
     for name, measured in times.items():
         step = median(measured)
         speed = rival / (step / layers[name])
-        goal = GOALS.get(size) if name == "LocalDiT, windows" else None
+        goal = GOALS.get(size) if name in ("LocalDiT, windows", "LocalDiT, windows, Triton") else None
         verdict = "" if goal is None else f"   goal {goal:.1f}: {'pass' if speed >= goal else 'falls short'}"
         print(
             f"  {name:30s} {1000 * step:9.1f} ms a step ({1000 * min(measured):.1f} to {1000 * max(measured):.1f})   "

@@ -239,7 +239,7 @@ class WindowAttnProcessor(TokenMixer):
         layout = self.layout(grid, hidden_states)
         runs = self.window_runs(layout, layout.runs(chunk_tokens(hidden_states)), grid, pooled, hidden_states)
         mixed = [self.mix_run(attn, hidden_states.index_select(1, run.tokens), run) for run in runs]
-        return torch.cat(mixed, dim=1).index_select(1, layout.place)
+        return joined(mixed).index_select(1, layout.place)
 
     def layout(self, grid: tuple[int, int], states: torch.Tensor) -> WindowLayout:
         """The windows of a grid in this layer."""
@@ -292,7 +292,7 @@ class WindowAttnProcessor(TokenMixer):
         mixed = [
             self.mix_windows(*part, positions, context) for part, positions in zip(parts, run.positions, strict=True)
         ]
-        return attn.to_output(mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1))
+        return attn.to_output(joined(mixed))
 
     def mix_windows(
         self,
@@ -320,7 +320,7 @@ class WindowAttnProcessor(TokenMixer):
             return None
         rows, columns = cells = min(self.global_context, grid[0]), min(self.global_context, grid[1])
         # first along each row, so that the bands need not be there together: [B, some rows, columns, C]
-        across = torch.cat([average(band.unflatten(1, (-1, grid[1])), columns) for band in bands], dim=1)
+        across = joined([average(band.unflatten(1, (-1, grid[1])), columns) for band in bands])
         states = average(across.flatten(2), rows).unflatten(-1, (columns, -1)).flatten(1, 2)
         if self.rope_theta is None:
             return PooledGrid(states, None)
@@ -340,6 +340,11 @@ class WindowAttnProcessor(TokenMixer):
         index = offsets[..., 0] * (2 * self.window_size - 1) + offsets[..., 1]
         bias = self.relative_position_bias_table[index].permute(2, 0, 1).to(dtype)  # [H, n, n]
         return F.pad(bias, (0, keys - len(window)))[None]
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts [B, n, ...] of a sequence, one after the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def pooled_rotation(

@@ -165,11 +165,12 @@ class LocalDiTBlock(nn.Module):
         mixed = self.attn(normed, grid) if run is None else self.attn(normed, grid, run)
         if self.attention_residual:
             mixed = mixed + normed
-        return hidden_states + modulation[:, 2] * mixed
+        return torch.addcmul(hidden_states, modulation[:, 2], mixed)
 
     def normed(self, hidden_states: torch.Tensor, modulation: torch.Tensor) -> torch.Tensor:
         """What the mixer sees of tokens [B, n, C]."""
-        return self.norm1(hidden_states) * (1 + modulation[:, 1]) + modulation[:, 0]
+        # one pass over the memory, where a product and a sum are two
+        return torch.addcmul(modulation[:, 0], self.norm1(hidden_states), 1 + modulation[:, 1])
 
     def refine(
         self,
@@ -183,8 +184,8 @@ class LocalDiTBlock(nn.Module):
         if self.cross_attn is not None:
             hidden_states = hidden_states + self.cross_attn(hidden_states, text, attention_mask)
         shift, scale, gate = modulation.unbind(1)
-        normed = self.norm2(hidden_states) * (1 + scale) + shift
-        return hidden_states + gate * self.feed_forward(normed, grid)
+        normed = torch.addcmul(shift, self.norm2(hidden_states), 1 + scale)
+        return torch.addcmul(hidden_states, gate, self.feed_forward(normed, grid))
 
     def feed_forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """The feed-forward of tokens [B, N, C], which a convolution sees as the picture [B, C, height, width]."""

@@ -352,7 +352,7 @@ class LocalDiTTransformer2DModel(
         streams = self._streams and not torch.is_grad_enabled()
         at_once = tokens_of_chunk(hidden_states, self._chunk_tokens) if streams else hidden_states.shape[1]
         chunks = hidden_states.split(at_once, dim=1)
-        projected = [self.proj_out(self.norm_out(chunk) * (1 + scale) + shift) for chunk in chunks]
+        projected = [self.proj_out(torch.addcmul(shift, self.norm_out(chunk), 1 + scale)) for chunk in chunks]
         hidden_states = torch.cat(projected, dim=1)  # [B, N, patch * patch * out_channels]
         hidden_states = hidden_states.unflatten(-1, (patch_size, patch_size, self.out_channels))
         hidden_states = hidden_states.unflatten(1, grid)  # [B, grid height, grid width, patch, patch, out_channels]
