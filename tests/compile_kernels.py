@@ -1,4 +1,7 @@
-"""Compiles the kernels of local attention for NVIDIA's GPUs, which takes none, and prints their shared memory."""
+"""Compiles the kernels of local attention for NVIDIA's GPUs, which takes none, and prints their shared memory.
+
+For the older of two GPUs as Triton compiles them where every number is 1, which it takes for a constant.
+"""
 
 import torch
 import triton
@@ -31,11 +34,12 @@ if __name__ == "__main__":
     launch = dict(LAUNCH)
     options = {"num_warps": launch.pop("num_warps")}
     constants = call.constants | launch
-    for capability in (80, 90):
+    for capability, ones in ((80, NUMBERS), (90, set())):
         for name in KERNELS:
             kernel = getattr(local_kernel_triton, name)
-            types = {argument: type_of(argument, constants) for argument in kernel.arg_names}
-            given = {(kernel.arg_names.index(constant),): value for constant, value in constants.items()}
+            known = constants | dict.fromkeys(ones & set(kernel.arg_names), 1)
+            types = {argument: type_of(argument, known) for argument in kernel.arg_names}
+            given = {(kernel.arg_names.index(constant),): value for constant, value in known.items()}
             source = ASTSource(kernel, types, given)
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             print(name, capability, compiled.metadata.shared)

@@ -17,12 +17,9 @@ from localdit.models.attention import LocalDiTAttention
 pytest.importorskip("triton")
 
 HEADS, HEAD_DIM = 2, 20  # two parts, of which the second is not full
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-    ),
-]
+# where there is a GPU the kernel runs on it, in half precision alone, else in the interpreter
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE, NEAR = ("cuda", torch.bfloat16, 3e-2) if GPU else ("cpu", torch.float32, 1e-4)
 WINDOWS = [
     {"window_size": 1},
     {"window_size": 3},
@@ -46,29 +43,31 @@ def make(name, backend="triton", rope_theta=100.0, qk_norm="rms_norm", **options
     return attn
 
 
-def compare(attn, dense, grid, device="cpu", dtype=torch.float32, **tolerance):
+def tokens(count: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.randn(2, count, HEADS * HEAD_DIM, device=DEVICE, dtype=dtype)
+
+
+def compare(attn, dense, grid, dtype=DTYPE, near=NEAR):
     """The kernel's layer and the dense one, forward and backward, on the same random tokens."""
-    states = torch.randn(2, grid[0] * grid[1], HEADS * HEAD_DIM, device=device, dtype=dtype)
+    states = tokens(grid[0] * grid[1], dtype)
     assert kernel_takes(states)
-    layers, results, gradients = (attn.to(device, dtype), dense.to(device, dtype)), [], []
-    weight = torch.randn_like(states)
-    for layer in layers:
+    results, gradients, weight = [], [], torch.randn_like(states)
+    for layer in (attn, dense):
+        layer.to(DEVICE, dtype)
         leaf = states.clone().requires_grad_()
         results.append(layer(leaf, grid))
         gradients.append(torch.autograd.grad((results[-1] * weight).sum(), [leaf, *layer.parameters()]))
-    torch.testing.assert_close(*results, **tolerance)
+    torch.testing.assert_close(*results, rtol=near, atol=near / 10)
     # some gradients are sums that cancel, such as that of a bias which all keys share
     scale = max(gradient.abs().max() for gradient in gradients[1])
     for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine / scale, theirs / scale, **tolerance)
+        torch.testing.assert_close(mine / scale, theirs / scale, rtol=near, atol=near / 10)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("grid", [(3, 5), (9, 10)])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_the_kernel_gives_what_dense_attention_gives(name, options, grid, device):
-    dtype, near = (torch.float32, 1e-4) if device == "cpu" else (torch.bfloat16, 3e-2)
-    compare(make(name, **options), make(name, None, **options), grid, device, dtype, rtol=near, atol=near / 10)
+def test_the_kernel_gives_what_dense_attention_gives(name, options, grid):
+    compare(make(name, **options), make(name, None, **options), grid)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 17), (17, 2)])
@@ -76,38 +75,39 @@ def test_the_kernel_gives_what_dense_attention_gives(name, options, grid, device
     ("name", "options"), [("window", {"window_size": 4, "global_context": 2}), ("sliding_window", {"kernel_size": 5})]
 )
 def test_narrow_grids_are_as_good(name, options, grid):
-    compare(make(name, **options), make(name, None, **options), grid, rtol=1e-4, atol=1e-5)
+    compare(make(name, **options), make(name, None, **options), grid)
 
 
 @pytest.mark.parametrize("changes", [{"rope_theta": None}, {"qk_norm": None}, {"rope_theta": None, "qk_norm": None}])
 @pytest.mark.parametrize("name", ["window", "sliding_window"])
 def test_norm_and_turn_can_each_be_missing(name, changes):
-    compare(make(name, **changes), make(name, None, **changes), (5, 9), rtol=1e-4, atol=1e-5)
+    compare(make(name, **changes), make(name, None, **changes), (5, 9))
 
 
 def test_fused_projections_are_read_where_they_lie():
-    attn = make("window")
-    states = torch.randn(2, 45, HEADS * HEAD_DIM)
+    attn = make("window").to(DEVICE, DTYPE)
+    states = tokens(45)
     apart = attn(states, (5, 9))
     attn.fuse_projections()
     torch.testing.assert_close(attn(states, (5, 9)), apart)
 
 
 def test_half_precision_rounds_as_dense_attention_does():
-    compare(make("window"), make("window", None), (5, 9), dtype=torch.float16, rtol=3e-3, atol=3e-3)
+    compare(make("window"), make("window", None), (5, 9), torch.float16, 3e-2)
 
 
 def test_gradients_are_the_same_every_time():
-    attn, states = make("window", global_context=2), torch.randn(2, 45, HEADS * HEAD_DIM)
+    attn, states = make("window", global_context=2).to(DEVICE, DTYPE), tokens(45)
     first, second = (torch.autograd.grad(attn(states, (5, 9)).sum(), list(attn.parameters())) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
 def test_torch_knows_the_operation_with_its_shapes_and_its_gradient():
     make("window")
-    states = [torch.randn(1, 15, HEADS, HEAD_DIM, requires_grad=True) for _ in range(3)]
-    weights = [torch.randn(HEAD_DIM, requires_grad=True) for _ in range(2)]
-    pooled = [torch.randn(1, 4, HEADS, HEAD_DIM, requires_grad=True) for _ in range(2)]
+    like = {"device": DEVICE, "dtype": DTYPE, "requires_grad": True}
+    states = [torch.randn(1, 15, HEADS, HEAD_DIM, **like) for _ in range(3)]
+    weights = [torch.randn(HEAD_DIM, **like) for _ in range(2)]
+    pooled = [torch.randn(1, 4, HEADS, HEAD_DIM, **like) for _ in range(2)]
     rule = (3, 5, 4, 2, True, 100.0, 1e-6)
     torch.library.opcheck(torch.ops.localdit.local_attention, (*states, *weights, *pooled, *rule))
     torch.library.opcheck(torch.ops.localdit.local_attention, (*states, None, None, None, None, *rule))
@@ -115,7 +115,7 @@ def test_torch_knows_the_operation_with_its_shapes_and_its_gradient():
 
 @pytest.mark.parametrize("name", ["window", "sliding_window"])
 def test_a_graph_holds_the_kernel_whole(name):
-    attn, states = make(name), torch.randn(1, 45, HEADS * HEAD_DIM)
+    attn, states = make(name).to(DEVICE, DTYPE), tokens(45)
     compiled = torch.compile(attn, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(states, (5, 9)), attn(states, (5, 9)))
 
@@ -123,36 +123,40 @@ def test_a_graph_holds_the_kernel_whole(name):
 def test_a_transformer_runs_with_it_streamed_and_not():
     options = {"window": {"window_size": 4, "global_context": 2}}
     config = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "num_layers": 2, "sample_size": 12}
-    model = LocalDiTTransformer2DModel(**config, in_channels=3, caption_channels=None, mixer_options=options).eval()
+    model = LocalDiTTransformer2DModel(**config, in_channels=3, caption_channels=None, mixer_options=options)
     nn.init.normal_(model.proj_out.weight)
-    given = {"hidden_states": torch.randn(2, 3, 12, 18), "timestep": torch.tensor([1.0, 900.0])}
+    model.to(DEVICE, DTYPE).eval()
+    noised = torch.randn(2, 3, 12, 18, device=DEVICE, dtype=DTYPE)
+    given = {"hidden_states": noised, "timestep": torch.tensor([1.0, 900.0], device=DEVICE)}
     with torch.no_grad():
         dense = model(**given).sample
         model.set_token_mixers("window", {"window": {**options["window"], "backend": "triton"}})
-        torch.testing.assert_close(model(**given).sample, dense, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(**given).sample, dense, rtol=NEAR, atol=NEAR)
         model.enable_window_streaming(chunk_tokens=32)
-        torch.testing.assert_close(model(**given).sample, dense, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(**given).sample, dense, rtol=NEAR, atol=NEAR)
 
 
 def test_where_the_kernel_cannot_run_the_dense_ways_take_over(monkeypatch):
-    states = torch.randn(1, 45, HEADS * HEAD_DIM)
+    states = tokens(45)
+
+    def layer(name, *arguments, **options):
+        return make(name, *arguments, **options).to(DEVICE, states.dtype)(states, (5, 9))
 
     def refuse(*_):
         raise AssertionError("the kernel was asked")
 
     for module in (window, sliding_window):
         monkeypatch.setattr(module, "mix_by_kernel", refuse)
-    with pytest.raises(AssertionError, match="was asked"):
-        make("window")(states, (5, 9))
-    with pytest.raises(AssertionError, match="was asked"):
-        make("sliding_window")(states, (5, 9))
-    dilated = {"kernel_size": 3, "dilation": 2}
-    assert torch.equal(
-        make("sliding_window", **dilated)(states, (5, 9)), make("sliding_window", None, **dilated)(states, (5, 9))
-    )
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
     for name in ("window", "sliding_window"):
-        assert torch.equal(make(name)(states, (5, 9)), make(name, None)(states, (5, 9)))
+        with pytest.raises(AssertionError, match="was asked"):
+            layer(name)
+    dilated = {"kernel_size": 3, "dilation": 2}
+    assert torch.equal(layer("sliding_window", **dilated), layer("sliding_window", None, **dilated))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    states = tokens(45, torch.float32)
+    for name in ("window", "sliding_window"):
+        assert not kernel_takes(states)
+        assert torch.equal(layer(name), layer(name, None))
 
 
 @pytest.mark.parametrize("name", ["window", "sliding_window"])
