@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import mmap
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -274,3 +277,25 @@ def test_a_script_refuses_in_one_line_with_exit_code_2(request, model_folder, tm
     arguments = ("--model", model_folder, "--prompt", PROMPT, "--image", "nowhere.png")
     result = start(request.config.rootpath, tmp_path, "infer_i2i", *arguments)
     refused((result.returncode, result.stdout, result.stderr), "infer_i2i", ["'nowhere.png'", "does not exist"])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+@pytest.mark.parametrize(("environment", "faults"), [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
+def test_our_commands_keep_freed_memory_unless_told_otherwise(environment, faults):
+    """A tensor that takes the place of a freed one then costs the kernel no page."""
+    program = """
+import resource
+import torch
+from localdit.command_line import run
+
+def main():
+    counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(9) if torch.zeros(2**24).sum() == 0]
+    print(counts[-1] - counts[2])
+
+run("probe", main)
+"""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True)
+    pages = 2**26 // mmap.PAGESIZE
+    assert (int(result.stdout) > pages) == faults

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from jsonargparse import ArgumentParser
 
-from localdit.command_line import INTERRUPTED, hide_loading_bars
+from localdit.command_line import INTERRUPTED, hide_loading_bars, keep_freed_memory
 from train.stopping import STOPPED, Stopped
 
 Config = TypeVar("Config")
@@ -66,6 +66,7 @@ def first_sentence(error: BaseException) -> str:
 
 def run(program: str, main: Callable[[], None]) -> None:
     """Run a command line; what cannot work ends it with one sentence and exit code 2."""
+    keep_freed_memory()
     hide_loading_bars()
     try:
         main()
