@@ -92,6 +92,20 @@ def test_fused_projections_are_read_where_they_lie():
     torch.testing.assert_close(attn(states, (5, 9)), apart)
 
 
+def test_states_may_lie_as_they_like():
+    make("window")
+    states = tokens(45).unflatten(-1, (HEADS, HEAD_DIM)).repeat(3, 1, 1, 1, 1).unbind()
+    rule = (None, None, None, None, 5, 9, 4, 2, True, 100.0, 0.0)
+    expected = torch.ops.localdit.local_attention(*states, *rule)
+    lying = (states[0].mT.contiguous().mT, states[1].transpose(1, 2).contiguous().transpose(1, 2), states[2])
+    for mine, theirs in zip(torch.ops.localdit.local_attention(*lying, *rule), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    gradients = [
+        torch.ops.localdit.local_attention_backward(states[2], *expected, *given, *rule) for given in (states, lying)
+    ]
+    assert all(torch.equal(*pair) for pair in list(zip(*gradients, strict=True))[:3])
+
+
 def test_half_precision_rounds_as_dense_attention_does():
     compare(make("window"), make("window", None), (5, 9), torch.float16, 3e-2)
 

@@ -44,14 +44,11 @@ def mix_by_kernel(
     Args:
         context: key and value [B, G, H, D], ready, of tokens that every query attends to beside its own.
     """
-    states = attn.project(hidden_states)
-    if any(state.stride() != states[0].stride() or not state[0, 0].is_contiguous() for state in states):
-        states = tuple(state.contiguous() for state in states)
     normed = isinstance(attn.norm_q, HeadRMSNorm)
     mixed, _ = torch.ops.localdit.local_attention(
-        *states,
+        *attn.project(hidden_states),
         *((attn.norm_q.weight, attn.norm_k.weight) if normed else (None, None)),
-        *(state.contiguous() for state in context or ()) if context else (None, None),
+        *(context or (None, None)),
         *(*grid, size, shift or 0, shift is not None),
         rope_theta,
         attn.norm_q.eps if normed else 0.0,

@@ -63,7 +63,7 @@ def prepare(
     weights = (query, query) if query_weight is None or key_weight is None else (query_weight, key_weight)
     context, pooled = (query, query), 0
     if context_key is not None and context_value is not None:
-        context, pooled = (context_key, context_value), context_key.shape[1]
+        context, pooled = (context_key.contiguous(), context_value.contiguous()), context_key.shape[1]
     turn = (query, query)
     if theta is not None:
         turn = kept(query, grid_rotation, height, width, head_dim, theta, query.device)
@@ -86,6 +86,12 @@ def prepare(
             "TURN": theta is not None,
         },
     )
+
+
+def alike(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The states with the same strides and the heads of each token in one piece, as the projections make them."""
+    whole = all(state.stride() == states[0].stride() and state[0, 0].is_contiguous() for state in states)
+    return states if whole else tuple(state.contiguous() for state in states)
 
 
 def tiling(size: int, shift: int, windows: bool) -> tuple[int, int]:
@@ -116,10 +122,9 @@ def local_attention(
     """Normalise queries and keys, turn them by their place, and attend.
 
     Args:
-        query, key, value: as projected, [B, N, H, D] with N = height * width, row-major, of the same strides, the heads
-            of a token in one piece.
+        query, key, value: as projected, [B, N, H, D] with N = height * width, row-major.
         query_weight, key_weight: of the RMSNorm over each head, [D]; None for no norm.
-        context_key, context_value: of tokens that every query attends to beside its own, contiguous [B, G, H, D].
+        context_key, context_value: of tokens that every query attends to beside its own, [B, G, H, D].
         height, width: of the grid in tokens.
         size, shift: height and width of a window and where the first is cut, or of the square around each query.
         windows: windows, or squares around each query.
@@ -130,6 +135,7 @@ def local_attention(
         The mixed values [B, N, H, D], and the logarithm of what the softmax divided by, fp32 [B, N, H].
     """
     settings = (height, width, size, shift, windows, theta, eps)
+    query, key, value = alike(query, key, value)
     call = prepare(query, query_weight, key_weight, context_key, context_value, *settings)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     logarithm = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
@@ -172,7 +178,9 @@ def local_attention_backward(
     What tiles add to the last four they write in fp32, each for itself, so that the sum is the same every time.
     """
     settings = (height, width, size, shift, windows, theta, eps)
+    query, key, value = alike(query, key, value)
     call = prepare(query, query_weight, key_weight, context_key, context_value, *settings)
+    gradient, output, logarithm = gradient.contiguous(), output.contiguous(), logarithm.contiguous()
     of_query, of_key, of_value = (torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3))
     of_weights, of_context = added(query, call), added(query, call, call.pooled)
     inner = torch.empty_like(logarithm)  # products of outputs and their gradients
@@ -217,7 +225,7 @@ def keep(ctx, inputs, output):
 
 def gradients(ctx, gradient, _):
     output, logarithm, *given = ctx.saved_tensors
-    found = local_attention_backward(gradient.contiguous(), output, logarithm, *given, *ctx.settings)
+    found = local_attention_backward(gradient, output, logarithm, *given, *ctx.settings)
     wanted = [None if own is None else one.to(own.dtype) for one, own in zip(found, given, strict=True)]
     return *wanted, *(None for _ in ctx.settings)
 
