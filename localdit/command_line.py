@@ -114,6 +114,7 @@ def load_pipeline(
         ValueError: where there is no such model, or its folder is damaged; the message says which and what to do.
     """
     source = model if model is not None else str(PRETRAINED)
+    keep_freed_memory()
     hide_loading_bars()
     try:
         load = pipeline_class.from_single_file if is_checkpoint(source) else pipeline_class.from_pretrained
@@ -217,7 +218,6 @@ def keep_freed_memory() -> None:
 
 def run(program: str, main: Callable[[], None]) -> None:
     """Run a command line; what the user got wrong ends it with one sentence and exit code 2."""
-    keep_freed_memory()
     try:
         main()
     except (ValueError, TypeError, OSError) as error:

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from localdit import command_line
+import train.command_line
+from localdit import LocalDiTPipeline, command_line
 
 PROMPT = "a red seven"
 
@@ -281,21 +282,28 @@ def test_a_script_refuses_in_one_line_with_exit_code_2(request, model_folder, tm
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 @pytest.mark.parametrize(("environment", "faults"), [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
-def test_our_commands_keep_freed_memory_unless_told_otherwise(environment, faults):
+def test_freed_memory_is_kept_unless_glibc_is_told_otherwise(environment, faults):
     """A tensor that takes the place of a freed one then costs the kernel no page."""
     program = """
 import resource
 import torch
-from localdit.command_line import run
+from localdit.command_line import keep_freed_memory
 
-def main():
-    counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(9) if torch.zeros(2**24).sum() == 0]
-    print(counts[-1] - counts[2])
-
-run("probe", main)
+keep_freed_memory()
+counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt for _ in range(9) if torch.zeros(2**24).sum() == 0]
+print(counts[-1] - counts[2])
 """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True)
     pages = 2**26 // mmap.PAGESIZE
     assert (int(result.stdout) > pages) == faults
+
+
+def test_pipelines_and_trainers_run_with_it(monkeypatch, model_folder):
+    asked = []
+    for module in (command_line, train.command_line):
+        monkeypatch.setattr(module, "keep_freed_memory", lambda module=module: asked.append(module.__name__))
+    command_line.load_pipeline(LocalDiTPipeline, str(model_folder), "cpu", "float32")
+    train.command_line.run("train", lambda: None)
+    assert asked == ["localdit.command_line", "train.command_line"]

@@ -19,7 +19,15 @@ from diffusers.models.transformers.sana_transformer import SanaTransformerBlock
 from torch import nn
 
 from localdit.benchmarks.memory import apart, forget_peak, peak_memory
-from localdit.command_line import DTYPES, Parser, best_device, check_device, counting_number, run
+from localdit.command_line import (
+    DTYPES,
+    Parser,
+    best_device,
+    check_device,
+    counting_number,
+    keep_freed_memory,
+    run,
+)
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
 from localdit.mixers.linear import LinearAttnProcessor
@@ -308,6 +316,7 @@ def main() -> None:
     parser.add_argument("--mixer", nargs="+", help="names of the rows to measure beside the identity; all by default")
     parser.add_argument("--memory", action="store_true", help="measure a forward's memory instead of its time")
     parser.add_argument("--compile", action="store_true", help="compile what is measured")
+    parser.add_argument("--keep_freed_memory", action="store_true", help="as infer_t2i.py and the trainer do")
     parser.add_argument("--repeats", type=counting_number, default=5)
     parser.add_argument("--device", default=best_device())
     arguments = parser.parse_args()
@@ -316,6 +325,8 @@ def main() -> None:
         if name not in known:
             raise ValueError(f"--mixer {name!r} is not known; choose among {known}.")
     print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, {platform.machine()}")
+    if arguments.keep_freed_memory:
+        keep_freed_memory()
     for part, side, dtype in itertools.product(arguments.part, arguments.side, arguments.dtype):
         check_device(arguments.device, dtype)
         if arguments.memory:

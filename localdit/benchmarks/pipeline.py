@@ -161,7 +161,7 @@ def vae_scale(settings: Settings) -> int:
 @torch.no_grad()
 def measure(part: str, size: int, settings: Settings) -> Measurement:
     """Do a part's work, on an accelerator once more before that, to warm up."""
-    keep_freed_memory()  # as all our commands do
+    keep_freed_memory()  # as infer_t2i.py does
     diffusers_logging.set_verbosity_error()  # of what a cast may cost, which random weights do not feel
     pipeline, do = work(part, size, settings)
     accelerated = settings.device != "cpu"

@@ -25,7 +25,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from localdit import LocalDiTTransformer2DModel
 from localdit.benchmarks import plots
 from localdit.benchmarks.attention import build, inputs, mixers, seconds, verdict
-from localdit.command_line import DTYPES, Parser, best_device, check_device, check_folder, counting_number, run
+from localdit.command_line import (
+    DTYPES,
+    Parser,
+    best_device,
+    check_device,
+    check_folder,
+    counting_number,
+    keep_freed_memory,
+    run,
+)
 from localdit.mixers.base import TokenMixer
 from localdit.mixers.full import FullAttnProcessor
 from localdit.mixers.linear import LinearAttnProcessor
@@ -327,6 +336,7 @@ def options_of_command_line() -> argparse.Namespace:
     group.add_argument(
         "--longest", type=float, default=30.0, help="seconds of a pass; what would take more is left out"
     )
+    group.add_argument("--keep_freed_memory", action="store_true", help="as infer_t2i.py and the trainer do")
     group.add_argument("--repeats", type=counting_number, default=3)
     group.add_argument("--dtype", default="float32" if best_device() == "cpu" else "bfloat16", choices=list(DTYPES))
     group.add_argument("--device", default=best_device())
@@ -356,6 +366,8 @@ def options_of_command_line() -> argparse.Namespace:
 
 def main() -> None:
     options = options_of_command_line()
+    if options.keep_freed_memory:
+        keep_freed_memory()
     if "measured" in options.part:
         threads = f"{torch.get_num_threads()} threads, {platform.machine()}"
         print(f"torch {torch.__version__}, {options.device}, {threads}, {options.dtype}, {options.repeats} rounds")

@@ -25,7 +25,7 @@ class Call(NamedTuple):
     """How the kernels are called.
 
     Attributes:
-        programs: tiles, heads and pictures.
+        programs: heads, tiles and pictures; the heads of a token lie side by side, and are read together.
         context: key and value of the pooled tokens, and how many there are.
         tables: weights of query's and key's norm, cosine and sine.
         strides: of a picture, of a token, and the number of heads.
@@ -70,7 +70,7 @@ def prepare(
     main = max(16, 1 << (head_dim.bit_length() - 1))
     tail = max(16, 1 << max(0, head_dim - main - 1).bit_length())
     return Call(
-        programs=(tiles, heads, batch),
+        programs=(heads, tiles, batch),
         context=context,
         pooled=pooled,
         tables=(*weights, *turn),
@@ -203,7 +203,7 @@ def local_attention_backward(
 
 def added(query: torch.Tensor, call: Call, *rows: int) -> list[torch.Tensor]:
     """Room for what each tile adds to two tensors, [B, T, H, D], or [B, T, H, G, D] for `rows` G."""
-    tiles, heads, batch = call.programs
+    heads, tiles, batch = call.programs
     return [query.new_empty(batch, tiles, heads, *rows, query.shape[-1], dtype=torch.float32) for _ in range(2)]
 
 

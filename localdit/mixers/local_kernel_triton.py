@@ -227,7 +227,7 @@ def attend_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """The mixed values of a tile's queries, and the logarithm of what their weights were divided by."""
-    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     across = (width + lead + side - 1) // side
     top, left = tile // across * side - lead, tile % across * side - lead
     y, x, there = tile_places(top, left, side, height, width, ROWS)
@@ -280,7 +280,7 @@ def query_gradient_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile's queries, and what the tile adds to those of the norm's weight and of the context."""
-    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     across = (width + lead + side - 1) // side
     top, left = tile // across * side - lead, tile % across * side - lead
     y, x, there = tile_places(top, left, side, height, width, ROWS)
@@ -298,7 +298,7 @@ def query_gradient_kernel(
     log = tl.load(logarithm + line, mask=there, other=0.0)
     of_query_main, of_query_tail = tl.zeros((ROWS, MAIN), tl.float32), tl.zeros((ROWS, TAIL), tl.float32)
 
-    program = (batch * tl.num_programs(0) + tile) * heads + head
+    program = (batch * tl.num_programs(1) + tile) * heads + head
     context, part = (batch * pooled * heads + head) * D, program * pooled * D
     for base in range(0, pooled, STEP):
         place = base + tl.arange(0, STEP)
@@ -348,7 +348,7 @@ def key_gradient_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile's keys and values, and what the tile adds to that of the norm's weight."""
-    tile, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     across = (width + lead + side - 1) // side
     top, left = tile // across * side - lead, tile % across * side - lead
     y, x, there = tile_places(top, left, side, height, width, ROWS)
@@ -382,7 +382,7 @@ def key_gradient_kernel(
         of_key_main, of_key_tail = add_weighed(tl.trans(of_scores), query_main, query_tail, of_key_main, of_key_tail)
         of_value_main, of_value_tail = add_weighed(tl.trans(weights), of_main, of_tail, of_value_main, of_value_tail)
 
-    program = (batch * tl.num_programs(0) + tile) * heads + head
+    program = (batch * tl.num_programs(1) + tile) * heads + head
     store_heads(of_value + own, of_value_main, of_value_tail, token, there, heads * D, MAIN, TAIL, D)
     unready(
         of_key_main, of_key_tail, key + given, token, there, token_stride, key_weight, cosine, sine, eps,
