@@ -8,6 +8,8 @@ DEMO_PROMPTS := \
 	"a yellow five to the left of a cyan two on a gray background" \
 	"a green nine above a magenta four on a black background"
 
+STREAMED := "window 4, streamed" "window 8, streamed" "window 16, streamed" "window 8 + context 4, streamed"
+
 .PHONY: demo test check bench
 
 demo: .venv/installed
@@ -25,8 +27,11 @@ check: .venv/installed
 	$(BIN)/pyright
 	$(OFFLINE) $(BIN)/python -m pytest
 
+# all that docs/performance.md has goals for; on a CPU it takes its time
 bench: .venv/installed
-	$(BIN)/python -m localdit.benchmarks.attention
+	$(BIN)/python -m localdit.benchmarks.attention --part layer block training
+	$(BIN)/python -m localdit.benchmarks.attention --part block --side 128 --dtype bfloat16 --mixer $(STREAMED)
+	$(BIN)/python -m localdit.benchmarks.attention --part block --side 128 256 --dtype bfloat16 --memory --mixer $(STREAMED)
 
 # torch first and by its exact version, so that nothing pulls in another build of it
 .venv/installed: pyproject.toml setup.py constraints.txt

@@ -208,9 +208,10 @@ def keep_freed_memory() -> None:
 
     By default it gives large tensors back to the kernel, which clears every page of the next ones: up to a fifth of a
     transformer's time on a CPU. In return more memory stays taken. Who has set a variable of glibc's, such as
-    MALLOC_TRIM_THRESHOLD_, has chosen for himself.
+    MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES, has chosen for himself.
     """
-    if platform.libc_ver()[0] == "glibc" and not any(name.startswith("MALLOC_") for name in os.environ):
+    chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
+    if platform.libc_ver()[0] == "glibc" and not chosen:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -60,8 +60,8 @@ def test_the_kernel_adds_one_launch_to_the_identity():
     count = {name: launches.count("layer", name, 16)[0] for name in launches.names("layer")}
     assert count["identity"] == 4  # the projections
     assert count["full"] == 4 + 1 + 2 * (1 + 2 + 2)  # the attention; of query and key norm, complex turn and precision
-    # a gather, a scatter, windows of four shapes and what joins them again
-    assert count["window 8"] == count["full"] + 3 + 3
+    # tokens, cosines and sines sorted by window, and tokens sorted back; windows of four shapes, and what joins them
+    assert count["window 8"] == count["full"] + 4 + 3 + 1
     assert count["window 8, Triton"] == count["sliding_window 7, Triton"] == 5
     assert len(launches.names("block")) > len(count)
 
@@ -75,10 +75,11 @@ def test_launches_are_listed(monkeypatch, capsys):
 
 def test_compiled_modules_are_timed_as_well(monkeypatch, capsys):
     compiled = []
+    monkeypatch.setattr(attention, "compile_without_limit", lambda: compiled.append("without limit"))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module).__name__))
     monkeypatch.setattr(attention.LocalDiTBlock, "compile", lambda module: compiled.append("ours"))
     lines_of(monkeypatch, capsys, "--side", "6", "--repeats", "1", "--part", "block", "--compile", "--dtype", "float32")
-    assert set(compiled) == {"ours", "PixArtBlock", "SanaBlock"}
+    assert compiled[0] == "without limit" and set(compiled[1:]) == {"ours", "PixArtBlock", "SanaBlock"}
 
 
 def test_the_identity_mixes_nothing_and_trains_all_projections():
@@ -102,6 +103,9 @@ def test_chosen_rows_stand_beside_the_identity_and_others_are_refused(monkeypatc
     wanted = ["--side", "6", "--repeats", "1", "--part", "block", "--dtype", "float32", "--mixer"]
     lines = lines_of(monkeypatch, capsys, *wanted, "linear")
     assert [line.split()[0] for line in lines if " ms " in line] == ["identity", "linear"]
+    both = ["--side", "6", "--repeats", "1", "--part", "block", "layer", "--dtype", "float32", "--mixer"]
+    lines = lines_of(monkeypatch, capsys, *both, "window 8, streamed")  # which a layer is not
+    assert [line[2:32].strip() for line in lines if " ms " in line] == ["identity", "window 8, streamed", "identity"]
     with pytest.raises(ValueError, match="--mixer 'cubic' is not known"):
         lines_of(monkeypatch, capsys, *wanted, "cubic")
 

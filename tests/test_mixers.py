@@ -307,7 +307,9 @@ def test_tables_of_inference_serve_training_afterwards():
     output = attn(hidden_states, (5, 7))
     output.sum().backward()
     made = _made_once.cache_info()
-    assert made.hits == made.misses == 5  # the windows, their turns and the context's, and its cells on both axes
+    assert (
+        made.hits == made.misses == 5
+    )  # the windows, turns of the grid and of the context, and its cells on both axes
     assert all(parameter.grad is not None for parameter in attn.parameters())
     torch.testing.assert_close(output, expected, **NEAR)
 

@@ -244,6 +244,13 @@ def compare(
     return times
 
 
+def compile_without_limit() -> None:
+    """Have torch compile every row for every size, though all share their code, and raise where it does not."""
+    settings = torch._dynamo.config
+    settings.recompile_limit = settings.accumulated_recompile_limit = 1024
+    settings.fail_on_recompile_limit_hit, settings.automatic_dynamic_shapes = True, False
+
+
 def goal_of(part: str, name: str, side: int, dtype: str, device: str = "cpu") -> float | None:
     """The ratio to reach, or None where none is set."""
     if device != "cpu":
@@ -320,13 +327,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=counting_number, default=5)
     parser.add_argument("--device", default=best_device())
     arguments = parser.parse_args()
-    known = list(modules(arguments.part[-1], arguments.device != "cpu"))
+    known = list({name: None for part in arguments.part for name in modules(part, arguments.device != "cpu")})
     for name in arguments.mixer or []:
         if name not in known:
             raise ValueError(f"--mixer {name!r} is not known; choose among {known}.")
     print(f"torch {torch.__version__}, {arguments.device}, {torch.get_num_threads()} threads, {platform.machine()}")
     if arguments.keep_freed_memory:
         keep_freed_memory()
+    if arguments.compile:
+        compile_without_limit()
     for part, side, dtype in itertools.product(arguments.part, arguments.side, arguments.dtype):
         check_device(arguments.device, dtype)
         if arguments.memory:

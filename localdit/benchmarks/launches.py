@@ -81,7 +81,7 @@ def as_on_cuda() -> Iterator[None]:
         # what has no content has no precision that could be changed
         changes.enter_context(patch.object(torch, "autocast", lambda *_, **__: nullcontext()))
         for mixer in (window, sliding_window):
-            changes.enter_context(patch.object(mixer, "kernel_takes", lambda _: HAS_TRITON))
+            changes.enter_context(patch.object(mixer, "kernel_takes", lambda *_: HAS_TRITON))
         yield
 
 

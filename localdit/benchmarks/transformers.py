@@ -20,6 +20,7 @@ from diffusers import ModelMixin, PixArtTransformer2DModel, SanaTransformer2DMod
 from diffusers.utils import logging
 
 from localdit import LocalDiTTransformer2DModel
+from localdit.benchmarks.attention import compile_without_limit
 from localdit.benchmarks.memory import forget_peak, gibibytes, peak_memory
 from localdit.command_line import DTYPES, Parser, best_device, check_device, counting_number, run
 
@@ -169,6 +170,8 @@ def main() -> None:
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else arguments.device
     logging.set_verbosity_error()  # of what a cast may cost, which random weights do not feel
     print(f"torch {torch.__version__}, {where}, {arguments.dtype}{', compiled' if arguments.compile else ''}")
+    if arguments.compile:
+        compile_without_limit()
     models = {
         name: load(contestant, arguments.layers, arguments.dtype, arguments.device, arguments.compile)
         for name, contestant in CONTESTANTS.items()

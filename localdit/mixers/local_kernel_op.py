@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from localdit.mixers.base import grid_rotation
 from localdit.mixers.local_kernel_triton import attend_kernel, key_gradient_kernel, query_gradient_kernel
-from localdit.mixers.tables import kept
 
 # B batch, N tokens of the grid, H heads, D head dim, G pooled tokens, T tiles of the grid
 
 TILE = 8  # rows and columns of a tile, at most
 
-# 64 tokens of a tile are set against 32 at a time by 8 warps: what fits the registers (by ptxas, for heads of 72)
-LAUNCH: dict[str, Any] = {"ROWS": TILE * TILE, "STEP": 32, "num_warps": 8}
-# two programs share a multiprocessor of NVIDIA's
-FORWARD_LAUNCH = LAUNCH | ({"maxnreg": 128} if torch.version.cuda else {})
+# 64 tokens of a tile are set against 32 at a time by 8 warps: what fits the registers of sm_90 (by ptxas, heads of 72)
+LAUNCH: dict[str, Any] = {"ROWS": TILE * TILE, "STEP": 32, "num_warps": 8, "num_stages": 2}
+NEWER = (
+    9,
+    0,
+)  # from this capability on, half of the registers do for the forward pass, and two programs run side by side
 
 
 class Call(NamedTuple):
@@ -48,12 +48,13 @@ def prepare(
     key_weight: torch.Tensor | None,
     context_key: torch.Tensor | None,
     context_value: torch.Tensor | None,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
     height: int,
     width: int,
     size: int,
     shift: int,
     windows: bool,
-    theta: float | None,
     eps: float,
 ) -> Call:
     """The call for the arguments of `local_attention`. In place of a tensor that is not read stands the query."""
@@ -64,9 +65,7 @@ def prepare(
     context, pooled = (query, query), 0
     if context_key is not None and context_value is not None:
         context, pooled = (context_key.contiguous(), context_value.contiguous()), context_key.shape[1]
-    turn = (query, query)
-    if theta is not None:
-        turn = kept(query, grid_rotation, height, width, head_dim, theta, query.device)
+    turn = (query, query) if cosine is None or sine is None else (cosine.contiguous(), sine.contiguous())
     main = max(16, 1 << (head_dim.bit_length() - 1))
     tail = max(16, 1 << max(0, head_dim - main - 1).bit_length())
     return Call(
@@ -83,15 +82,21 @@ def prepare(
             "TAIL": tail,
             "D": head_dim,
             "NORM": query_weight is not None,
-            "TURN": theta is not None,
+            "TURN": cosine is not None,
         },
     )
 
 
 def alike(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The states with the same strides and the heads of each token in one piece, as the projections make them."""
-    whole = all(state.stride() == states[0].stride() and state[0, 0].is_contiguous() for state in states)
+    whole = all(state.stride() == states[0].stride() for state in states)
+    whole = whole and states[0].stride()[2:] == (states[0].shape[3], 1)
     return states if whole else tuple(state.contiguous() for state in states)
+
+
+def few_registers(device: torch.device) -> dict[str, int]:
+    """The option that lets two programs run side by side, where that does."""
+    return {"maxnreg": 128} if device.type == "cuda" and torch.cuda.get_device_capability(device) >= NEWER else {}
 
 
 def tiling(size: int, shift: int, windows: bool) -> tuple[int, int]:
@@ -99,7 +104,7 @@ def tiling(size: int, shift: int, windows: bool) -> tuple[int, int]:
     if not windows:
         return TILE, 0
     side = TILE // size * size or TILE
-    return side, -shift % side
+    return side, -shift % min(size, side)
 
 
 @torch.library.custom_op("localdit::local_attention", mutates_args=())
@@ -111,12 +116,13 @@ def local_attention(
     key_weight: torch.Tensor | None,
     context_key: torch.Tensor | None,
     context_value: torch.Tensor | None,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
     height: int,
     width: int,
     size: int,
     shift: int,
     windows: bool,
-    theta: float | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise queries and keys, turn them by their place, and attend.
@@ -125,16 +131,16 @@ def local_attention(
         query, key, value: as projected, [B, N, H, D] with N = height * width, row-major.
         query_weight, key_weight: of the RMSNorm over each head, [D]; None for no norm.
         context_key, context_value: of tokens that every query attends to beside its own, [B, G, H, D].
+        cosine, sine: of the turn of each token's pairs of channels, fp32 [N, 1, D / 2]; None for no turn.
         height, width: of the grid in tokens.
         size, shift: height and width of a window and where the first is cut, or of the square around each query.
         windows: windows, or squares around each query.
-        theta: base of the rotary embedding; None for none.
         eps: of the norms.
 
     Returns:
         The mixed values [B, N, H, D], and the logarithm of what the softmax divided by, fp32 [B, N, H].
     """
-    settings = (height, width, size, shift, windows, theta, eps)
+    settings = (cosine, sine, height, width, size, shift, windows, eps)
     query, key, value = alike(query, key, value)
     call = prepare(query, query_weight, key_weight, context_key, context_value, *settings)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -143,7 +149,8 @@ def local_attention(
         *(query, key, value, *call.context, *call.tables, output, logarithm),
         *(*call.strides, call.pooled, *call.rule),
         **call.constants,
-        **FORWARD_LAUNCH,
+        **LAUNCH,
+        **few_registers(query.device),
     )
     return output, logarithm
 
@@ -165,19 +172,20 @@ def local_attention_backward(
     key_weight: torch.Tensor | None,
     context_key: torch.Tensor | None,
     context_value: torch.Tensor | None,
+    cosine: torch.Tensor | None,
+    sine: torch.Tensor | None,
     height: int,
     width: int,
     size: int,
     shift: int,
     windows: bool,
-    theta: float | None,
     eps: float,
 ) -> list[torch.Tensor]:
     """The gradients of query, key and value, of both weights, and of the context's key and value, if there are any.
 
     What tiles add to the last four they write in fp32, each for itself, so that the sum is the same every time.
     """
-    settings = (height, width, size, shift, windows, theta, eps)
+    settings = (cosine, sine, height, width, size, shift, windows, eps)
     query, key, value = alike(query, key, value)
     call = prepare(query, query_weight, key_weight, context_key, context_value, *settings)
     gradient, output, logarithm = gradient.contiguous(), output.contiguous(), logarithm.contiguous()
@@ -218,16 +226,17 @@ def _(gradient, output, logarithm, query, *others):
 
 
 def keep(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:7])
-    ctx.settings = inputs[7:]
+    ctx.save_for_backward(*output, *inputs[:9])
+    ctx.settings = inputs[9:]
     ctx.mark_non_differentiable(output[1])
 
 
 def gradients(ctx, gradient, _):
     output, logarithm, *given = ctx.saved_tensors
     found = local_attention_backward(gradient, output, logarithm, *given, *ctx.settings)
-    wanted = [None if own is None else one.to(own.dtype) for one, own in zip(found, given, strict=True)]
-    return *wanted, *(None for _ in ctx.settings)
+    # strict is not: the last two given are the turns, which have no gradient
+    wanted = [None if own is None else one.to(own.dtype) for one, own in zip(found, given, strict=False)]
+    return *wanted, None, None, *(None for _ in ctx.settings)
 
 
 local_attention.register_autograd(gradients, setup_context=keep)

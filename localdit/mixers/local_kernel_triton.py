@@ -13,6 +13,9 @@ nearly half of its registers on heads of 72.
 import triton
 import triton.language as tl
 
+# what differs from grid to grid and from layer to layer, for which nothing is to be compiled anew
+VARYING = ("pooled", "height", "width", "lead", "shift")
+
 HIDDEN = tl.constexpr(-1e30)  # the score of a key that is not the query's; infinity less infinity would be no number
 
 
@@ -219,7 +222,7 @@ def score_gradient(
     return weights, weights * (of_weights - inner[:, None]) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def attend_kernel(
     query, key, value, context_key, context_value, query_weight, key_weight, cosine, sine, output, logarithm,
     batch_stride, token_stride, heads, pooled, height, width, side, lead, shift, scale, eps,
@@ -271,7 +274,7 @@ def attend_kernel(
     tl.store(logarithm + (batch * tokens + token) * heads + head, most + tl.log(total), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
     query, key, value, context_key, context_value, query_weight, key_weight, cosine, sine, output, logarithm,
     gradient, of_query, of_query_weight, of_context_key, of_context_value, inner,
@@ -339,7 +342,7 @@ def query_gradient_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(
     query, key, value, query_weight, key_weight, cosine, sine, logarithm, gradient, inner,
     of_key, of_value, of_key_weight,

@@ -171,8 +171,9 @@ class SlidingWindowAttnProcessor(TokenMixer):
             self.relative_position_bias_table = None
 
     def forward(self, attn: LocalDiTAttention, hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        if self.backend == "triton" and self.dilation == 1 and kernel_takes(hidden_states):
-            return mix_by_kernel(attn, hidden_states, grid, self.kernel_size, None, self.rope_theta)
+        if self.backend == "triton" and self.dilation == 1 and kernel_takes(attn, hidden_states):
+            table = self.rotation(grid, hidden_states)
+            return mix_by_kernel(attn, hidden_states, grid, self.kernel_size, None, table)
         return super().forward(attn, hidden_states, grid)
 
     def mix(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -14,12 +14,13 @@ def kept(states: torch.Tensor, make: Callable[..., Made], *arguments) -> Made:
 
     Neither a graph nor a fake tensor may leave its own tables to others.
     """
-    if type(states) is torch.Tensor and not torch.compiler.is_compiling():
+    of_graph = torch.compiler.is_compiling() or (states.is_cuda and torch.cuda.is_current_stream_capturing())
+    if type(states) is torch.Tensor and not of_graph:
         return _made_once(make, *arguments)
     return make(*arguments)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)  # several grids times the shifts of a model's layers
 def _made_once(make: Callable[..., Made], *arguments) -> Made:
     # A tensor born in inference mode could not be used in training later.
     with torch.inference_mode(False):

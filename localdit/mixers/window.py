@@ -43,6 +43,7 @@ class WindowLayout:
         place: the inverse of `order`, shape [N].
         positions: row and column of each of the sequence's tokens on the grid, shape [N, 2].
         own_positions: the same, counted from the corner of the token's window.
+        own_places: the same as the row-major token of a whole window, shape [N].
         shapes: the groups, in the order in which they stand in the sequence.
     """
 
@@ -50,6 +51,7 @@ class WindowLayout:
     place: torch.Tensor
     positions: torch.Tensor
     own_positions: torch.Tensor
+    own_places: torch.Tensor
     shapes: tuple[WindowShape, ...]
 
     def runs(self, chunk_tokens: int | None, alike: bool = False) -> Iterator[tuple[WindowShape, ...]]:
@@ -143,22 +145,8 @@ def build_window_layout(
             shapes.append(WindowShape(rows, columns, len(tops) * len(lefts)))
     order = torch.cat(orders)
     positions = torch.stack((order // width, order % width), dim=-1)
-    return WindowLayout(order, order.argsort(), positions, torch.cat(own_positions), tuple(shapes))
-
-
-def window_rotation(
-    height: int,
-    width: int,
-    window_size: int,
-    shift: int,
-    from_corner: bool,
-    head_dim: int,
-    theta: float,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine [N, 1, D / 2] that turn the states of tokens sorted by window."""
-    layout = build_window_layout(height, width, window_size, shift, device)
-    return rotation(layout.own_positions if from_corner else layout.positions, head_dim, theta)
+    own = torch.cat(own_positions)
+    return WindowLayout(order, order.argsort(), positions, own, own[:, 0] * window_size + own[:, 1], tuple(shapes))
 
 
 class WindowAttnProcessor(TokenMixer):
@@ -233,9 +221,10 @@ class WindowAttnProcessor(TokenMixer):
         if run is not None:
             return self.mix_run(attn, hidden_states, run)
         pooled = self.pool([hidden_states], grid)
-        if self.backend == "triton" and kernel_takes(hidden_states):
+        if self.backend == "triton" and kernel_takes(attn, hidden_states):
+            table = self.rotation(grid, hidden_states)
             context = None if pooled is None else self.context(attn, pooled)
-            return mix_by_kernel(attn, hidden_states, grid, self.window_size, self.shift, self.rope_theta, context)
+            return mix_by_kernel(attn, hidden_states, grid, self.window_size, self.shift, table, context)
         layout = self.layout(grid, hidden_states)
         runs = self.window_runs(layout, layout.runs(chunk_tokens(hidden_states)), grid, pooled, hidden_states)
         mixed = [self.mix_run(attn, hidden_states.index_select(1, run.tokens), run) for run in runs]
@@ -265,12 +254,11 @@ class WindowAttnProcessor(TokenMixer):
         states: torch.Tensor,
     ) -> Iterator[WindowRun]:
         """The windows of a grid, run by run."""
-        # RoPE sees differences only, and in the same positions all windows of a shape are alike
-        from_corner, table = pooled is None, None
+        # RoPE sees differences only, and counted from the corner all windows of a shape are alike
+        from_corner = pooled is None
         positions = layout.own_positions if from_corner else layout.positions
-        if self.rope_theta is not None:
-            windows = (*grid, self.window_size, self.shift, from_corner)
-            table = kept(states, window_rotation, *windows, self.attention_head_dim, self.rope_theta, states.device)
+        places = layout.own_places if from_corner else layout.order
+        turns = self.rotation((self.window_size, self.window_size) if from_corner else grid, states)
         start = 0
         for shapes in runs:
             lengths = [shape.count * shape.tokens for shape in shapes]
@@ -279,7 +267,9 @@ class WindowAttnProcessor(TokenMixer):
             yield WindowRun(
                 tokens=layout.order[own],
                 positions=tuple(part.unflatten(0, (shape.count, -1)) for part, shape in parts),
-                table=None if table is None else (table[0][own], table[1][own]),
+                table=None
+                if turns is None
+                else (turns[0].index_select(0, places[own]), turns[1].index_select(0, places[own])),
                 pooled=pooled,
             )
 
