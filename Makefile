@@ -29,8 +29,8 @@ check: .venv/installed
 
 # all that docs/performance.md has goals for; on a CPU it takes its time
 bench: .venv/installed
-	$(BIN)/python -m localdit.benchmarks.attention --part layer block training
-	$(BIN)/python -m localdit.benchmarks.attention --part block --side 128 --dtype bfloat16 --mixer $(STREAMED)
+	$(BIN)/python -m localdit.benchmarks.attention --part layer block training --keep_freed_memory
+	$(BIN)/python -m localdit.benchmarks.attention --part block --side 128 --dtype bfloat16 --keep_freed_memory --mixer $(STREAMED)
 	$(BIN)/python -m localdit.benchmarks.attention --part block --side 128 256 --dtype bfloat16 --memory --mixer $(STREAMED)
 
 # torch first and by its exact version, so that nothing pulls in another build of it
