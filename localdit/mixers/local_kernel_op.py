@@ -15,10 +15,8 @@ TILE = 8  # rows and columns of a tile, at most
 
 # 64 tokens of a tile are set against 32 at a time by 8 warps: what fits the registers of sm_90 (by ptxas, heads of 72)
 LAUNCH: dict[str, Any] = {"ROWS": TILE * TILE, "STEP": 32, "num_warps": 8, "num_stages": 2}
-NEWER = (
-    9,
-    0,
-)  # from this capability on, half of the registers do for the forward pass, and two programs run side by side
+# from this capability on half of the registers do for the forward pass, and two programs run side by side
+NEWER = (9, 0)
 
 
 class Call(NamedTuple):
