@@ -30,6 +30,13 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
+def memory_as_ever(monkeypatch):
+    """Commands that run in this process leave its memory to glibc, since other tests measure it."""
+    for module in ("localdit.command_line", "localdit.benchmarks.pipeline", "train.command_line"):
+        monkeypatch.setattr(f"{module}.keep_freed_memory", lambda: None)
+
+
+@pytest.fixture(autouse=True)
 def default_attention_backend():
     """Afterwards, the backend from before: a model that is given one makes it everybody's."""
     active = _AttentionBackendRegistry.get_active_backend()[0]
