@@ -207,8 +207,8 @@ def keep_freed_memory() -> None:
     """Have glibc, where it is the C library, keep what is freed for the next tensor of this process.
 
     By default it gives large tensors back to the kernel, which clears every page of the next ones: up to a fifth of a
-    transformer's time on a CPU. In return more memory stays taken. Who has set a variable of glibc's, such as
-    MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES, has chosen for himself.
+    transformer's time on a CPU. In return more memory stays taken. Where a variable of glibc's is set, such as
+    MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES, the choice is left to it.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if platform.libc_ver()[0] == "glibc" and not chosen:

@@ -143,13 +143,14 @@ def local_attention(
     call = prepare(query, query_weight, key_weight, context_key, context_value, *settings)
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     logarithm = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    attend_kernel[call.programs](
-        *(query, key, value, *call.context, *call.tables, output, logarithm),
-        *(*call.strides, call.pooled, *call.rule),
-        **call.constants,
-        **LAUNCH,
-        **few_registers(query.device),
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current device, whichever that is
+        attend_kernel[call.programs](
+            *(query, key, value, *call.context, *call.tables, output, logarithm),
+            *(*call.strides, call.pooled, *call.rule),
+            **call.constants,
+            **LAUNCH,
+            **few_registers(query.device),
+        )
     return output, logarithm
 
 
@@ -190,19 +191,20 @@ def local_attention_backward(
     of_query, of_key, of_value = (torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(3))
     of_weights, of_context = added(query, call), added(query, call, call.pooled)
     inner = torch.empty_like(logarithm)  # products of outputs and their gradients
-    query_gradient_kernel[call.programs](
-        *(query, key, value, *call.context, *call.tables, output, logarithm, gradient),
-        *(of_query, of_weights[0], *of_context, inner),
-        *(*call.strides, call.pooled, *call.rule),
-        **call.constants,
-        **LAUNCH,
-    )
-    key_gradient_kernel[call.programs](
-        *(query, key, value, *call.tables, logarithm, gradient, inner, of_key, of_value, of_weights[1]),
-        *(*call.strides, *call.rule),
-        **call.constants,
-        **LAUNCH,
-    )
+    with torch.cuda.device_of(query):
+        query_gradient_kernel[call.programs](
+            *(query, key, value, *call.context, *call.tables, output, logarithm, gradient),
+            *(of_query, of_weights[0], *of_context, inner),
+            *(*call.strides, call.pooled, *call.rule),
+            **call.constants,
+            **LAUNCH,
+        )
+        key_gradient_kernel[call.programs](
+            *(query, key, value, *call.tables, logarithm, gradient, inner, of_key, of_value, of_weights[1]),
+            *(*call.strides, *call.rule),
+            **call.constants,
+            **LAUNCH,
+        )
     of_weights = [part.sum((0, 1, 2)) for part in of_weights]
     return [of_query, of_key, of_value, *of_weights, *(part.sum(1).transpose(1, 2) for part in of_context)]
 

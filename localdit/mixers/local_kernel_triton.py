@@ -59,12 +59,17 @@ def sees(query_y, query_x, key_y, key_x, height, width, shift, SIZE: tl.constexp
 
 
 @triton.jit
-def tile_places(top, left, side, height, width, R: tl.constexpr):
-    """Row and column of the tokens of a tile, and whether they are on the grid; if not, of the first that is."""
-    row = tl.arange(0, R)
+def own_tile(height, width, side, lead, ROWS: tl.constexpr):
+    """The corner of this program's tile, and of its tokens row, column and whether they are on the grid.
+
+    Those that are not stand where the first of those that are does.
+    """
+    across, tile = (width + lead + side - 1) // side, tl.program_id(1)
+    top, left = tile // across * side - lead, tile % across * side - lead
+    row = tl.arange(0, ROWS)
     y, x = top + row // side, left + row % side
     there = (row < side * side) & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    return tl.where(there, y, tl.maximum(top, 0)), tl.where(there, x, tl.maximum(left, 0)), there
+    return top, left, tl.where(there, y, tl.maximum(top, 0)), tl.where(there, x, tl.maximum(left, 0)), there
 
 
 @triton.jit
@@ -230,10 +235,8 @@ def attend_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """The mixed values of a tile's queries, and the logarithm of what their weights were divided by."""
-    head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    across = (width + lead + side - 1) // side
-    top, left = tile // across * side - lead, tile % across * side - lead
-    y, x, there = tile_places(top, left, side, height, width, ROWS)
+    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    top, left, y, x, there = own_tile(height, width, side, lead, ROWS)
     token, tokens = y * width + x, height * width
     given, own = batch * batch_stride + head * D, (batch * tokens * heads + head) * D
     query_main, query_tail = ready(
@@ -283,10 +286,8 @@ def query_gradient_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile's queries, and what the tile adds to those of the norm's weight and of the context."""
-    head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    across = (width + lead + side - 1) // side
-    top, left = tile // across * side - lead, tile % across * side - lead
-    y, x, there = tile_places(top, left, side, height, width, ROWS)
+    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    top, left, y, x, there = own_tile(height, width, side, lead, ROWS)
     token, tokens = y * width + x, height * width
     given, own = batch * batch_stride + head * D, (batch * tokens * heads + head) * D
     query_main, query_tail = ready(
@@ -301,7 +302,7 @@ def query_gradient_kernel(
     log = tl.load(logarithm + line, mask=there, other=0.0)
     of_query_main, of_query_tail = tl.zeros((ROWS, MAIN), tl.float32), tl.zeros((ROWS, TAIL), tl.float32)
 
-    program = (batch * tl.num_programs(1) + tile) * heads + head
+    program = (batch * tl.num_programs(1) + tl.program_id(1)) * heads + head
     context, part = (batch * pooled * heads + head) * D, program * pooled * D
     for base in range(0, pooled, STEP):
         place = base + tl.arange(0, STEP)
@@ -351,10 +352,8 @@ def key_gradient_kernel(
     ROWS: tl.constexpr, STEP: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile's keys and values, and what the tile adds to that of the norm's weight."""
-    head, tile, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    across = (width + lead + side - 1) // side
-    top, left = tile // across * side - lead, tile % across * side - lead
-    y, x, there = tile_places(top, left, side, height, width, ROWS)
+    head, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    top, left, y, x, there = own_tile(height, width, side, lead, ROWS)
     token, tokens = y * width + x, height * width
     given, own = batch * batch_stride + head * D, (batch * tokens * heads + head) * D
     key_main, key_tail = ready(
@@ -385,7 +384,7 @@ def key_gradient_kernel(
         of_key_main, of_key_tail = add_weighed(tl.trans(of_scores), query_main, query_tail, of_key_main, of_key_tail)
         of_value_main, of_value_tail = add_weighed(tl.trans(weights), of_main, of_tail, of_value_main, of_value_tail)
 
-    program = (batch * tl.num_programs(1) + tile) * heads + head
+    program = (batch * tl.num_programs(1) + tl.program_id(1)) * heads + head
     store_heads(of_value + own, of_value_main, of_value_tail, token, there, heads * D, MAIN, TAIL, D)
     unready(
         of_key_main, of_key_tail, key + given, token, there, token_stride, key_weight, cosine, sine, eps,

@@ -264,12 +264,15 @@ class WindowAttnProcessor(TokenMixer):
             lengths = [shape.count * shape.tokens for shape in shapes]
             own = slice(start, start := start + sum(lengths))
             parts = zip(positions[own].split(lengths), shapes, strict=True)
+            table = (
+                None
+                if turns is None
+                else (turns[0].index_select(0, places[own]), turns[1].index_select(0, places[own]))
+            )
             yield WindowRun(
                 tokens=layout.order[own],
                 positions=tuple(part.unflatten(0, (shape.count, -1)) for part, shape in parts),
-                table=None
-                if turns is None
-                else (turns[0].index_select(0, places[own]), turns[1].index_select(0, places[own])),
+                table=table,
                 pooled=pooled,
             )
 
